@@ -1,0 +1,3 @@
+"""Get MMDiT diffusion transformers out of PyTorch and into production."""
+
+__version__ = "0.1.0"
