@@ -1,0 +1,205 @@
+"""The I/O contract of an engine: tensor names, dtypes, symbolic axes and their ranges. Nothing restates it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mmdit_deploy.errors import ContractError, UsageError
+from mmdit_deploy.spec import ModelSpec, Precision
+
+AXES = ("batch", "img_tokens", "txt_tokens")
+
+
+@dataclass(frozen=True)
+class Range:
+    """Sizes that an axis may have: from `min` to `max`, tuned for `opt`."""
+
+    min: int
+    opt: int
+    max: int
+
+    @staticmethod
+    def parse(axis: str, text: str) -> Range:
+        """Read ``MIN:OPT:MAX``, or one number for a static axis.
+
+        Raises:
+            UsageError: not three whole numbers with 1 ≤ MIN ≤ OPT ≤ MAX.
+        """
+        parts = text.split(":")
+        if len(parts) not in (1, 3) or not all(p.isdecimal() for p in parts):
+            raise UsageError(
+                f"the range of {axis} is MIN:OPT:MAX in whole numbers", received=repr(text), fix=f"e.g. {DEFAULT_RANGES[axis]}"
+            )
+        numbers = [int(p) for p in parts]
+        low, opt, high = numbers * 3 if len(numbers) == 1 else numbers
+        if not 1 <= low <= opt <= high:
+            raise UsageError(
+                f"the range of {axis} needs 1 ≤ MIN ≤ OPT ≤ MAX", received=text, fix=f"e.g. {DEFAULT_RANGES[axis]}"
+            )
+        return Range(low, opt, high)
+
+    def clamp(self, size: int) -> int:
+        """The size nearest to `size` within the range."""
+        return min(max(size, self.min), self.max)
+
+    def __str__(self) -> str:
+        return f"{self.min}:{self.opt}:{self.max}"
+
+
+DEFAULT_RANGES: Mapping[str, Range] = {
+    "batch": Range(1, 2, 4),
+    "img_tokens": Range(256, 4096, 16384),
+    # A minimum of one token is allowed, and costs TensorRT plans several kernels a block.
+    "txt_tokens": Range(2, 333, 512),
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output: its name, its axes (a name or a fixed size each) and its dtype (torch's name)."""
+
+    name: str
+    axes: tuple[str | int, ...]
+    dtype: str
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape for given sizes of the symbolic axes."""
+        return tuple(sizes[a] if isinstance(a, str) else a for a in self.axes)
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What goes into an engine, what comes out, and how large it may be."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    ranges: Mapping[str, Range]
+
+    @staticmethod
+    def of(
+        spec: ModelSpec,
+        precision: Precision,
+        ranges: Mapping[str, Range] | None = None,
+        *,
+        outputs: Sequence[str] = (),
+    ) -> Contract:
+        """The contract of a model.
+
+        Args:
+            precision: the compute type, which is also that of the I/O tensors that carry features.
+            ranges: by axis; `DEFAULT_RANGES` where not given, never beyond the positions that the model has.
+            outputs: names of block outputs to return as well, e.g. ``blocks.12``.
+
+        Raises:
+            UsageError: an unknown axis, or a range that exceeds the model's position grid.
+        """
+        given = dict(ranges or {})
+        unknown = sorted(set(given) - set(AXES))
+        if unknown:
+            raise UsageError(f"the axes are {', '.join(AXES)}", received=str(unknown), fix="name one of them")
+        limit = spec.max_img_tokens
+        if given.get("img_tokens", Range(1, 1, 1)).max > limit:
+            raise UsageError(
+                f"{spec.name} has positions for {spec.pos_max_size} × {spec.pos_max_size} = {limit} image tokens",
+                received=f"img_tokens up to {given['img_tokens'].max}",
+                fix=f"--img-tokens with a maximum of {limit} or less",
+            )
+        default = DEFAULT_RANGES["img_tokens"]
+        fitted = Range(min(default.min, limit), min(default.opt, limit), min(default.max, limit))
+        compute = precision.dtype
+        return Contract(
+            inputs=(
+                TensorSpec("hidden_states", ("batch", "img_tokens", spec.img_dim), compute),
+                TensorSpec("encoder_hidden_states", ("batch", "txt_tokens", spec.txt_dim), compute),
+                TensorSpec("timestep", ("batch",), "float32"),
+                TensorSpec("pooled_projections", ("batch", spec.pooled_dim), compute),
+                TensorSpec("img_ids", ("img_tokens", 2), "float32"),
+            ),
+            outputs=(
+                TensorSpec("sample", ("batch", "img_tokens", spec.out_dim), compute),
+                *(TensorSpec(name, ("batch", "img_tokens", spec.width), compute) for name in outputs),
+            ),
+            ranges={**DEFAULT_RANGES, "img_tokens": fitted, **given},
+        )
+
+    def check(self, received: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, int]:
+        """Check named tensors against the contract, before any runtime sees them.
+
+        Args:
+            received: (dtype, shape) by input name; dtypes by torch's names.
+
+        Returns:
+            The size of each symbolic axis.
+
+        Raises:
+            ContractError: names the tensor or axis, the rule, what was received, and the fix.
+        """
+        expected = {t.name: t for t in self.inputs}
+        if set(received) != set(expected):
+            missing, extra = sorted(set(expected) - set(received)), sorted(set(received) - set(expected))
+            raise ContractError(
+                f"the inputs are {', '.join(expected)}",
+                received=f"missing {missing}, unknown {extra}",
+                fix="pass exactly these names",
+            )
+        sizes: dict[str, int] = {}
+        seen_in: dict[str, str] = {}
+        for tensor in self.inputs:
+            dtype, shape = received[tensor.name]
+            if dtype != tensor.dtype:
+                raise ContractError(f"{tensor.name} is {tensor.dtype}", received=dtype, fix=f"convert it to {tensor.dtype}")
+            if len(shape) != len(tensor.axes):
+                raise ContractError(
+                    f"{tensor.name} has the axes {_shown(tensor.axes)}", received=f"shape {list(shape)}", fix="reshape it"
+                )
+            for axis, size in zip(tensor.axes, shape, strict=True):
+                if isinstance(axis, int):
+                    if size != axis:
+                        raise ContractError(
+                            f"{tensor.name} has the axes {_shown(tensor.axes)}",
+                            received=f"shape {list(shape)}",
+                            fix=f"its last axis must be {axis}",
+                        )
+                elif sizes.setdefault(axis, size) != size:
+                    raise ContractError(
+                        f"{axis} is one size in all tensors",
+                        received=f"{sizes[axis]} in {seen_in[axis]}, {size} in {tensor.name}",
+                        fix="make them equal",
+                    )
+                else:
+                    seen_in.setdefault(axis, tensor.name)
+                    allowed = self.ranges[axis]
+                    if not allowed.min <= size <= allowed.max:
+                        raise ContractError(
+                            f"{axis} must be {allowed.min} to {allowed.max} in this engine",
+                            received=f"{size} ({tensor.name})",
+                            fix=f"export with --{axis.replace('_', '-')} {min(allowed.min, size)}:{allowed.opt}:{max(allowed.max, size)}",
+                        )
+        return sizes
+
+    def to_json(self) -> dict[str, Any]:
+        def tensors(specs: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
+            return [{"name": t.name, "axes": list(t.axes), "dtype": t.dtype} for t in specs]
+
+        return {
+            "inputs": tensors(self.inputs),
+            "outputs": tensors(self.outputs),
+            "ranges": {axis: [r.min, r.opt, r.max] for axis, r in self.ranges.items()},
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Contract:
+        """Read what `to_json` wrote."""
+
+        def tensors(items: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
+            return tuple(TensorSpec(t["name"], tuple(t["axes"]), t["dtype"]) for t in items)
+
+        return Contract(
+            tensors(data["inputs"]), tensors(data["outputs"]), {a: Range(*r) for a, r in data["ranges"].items()}
+        )
+
+
+def _shown(axes: tuple[str | int, ...]) -> str:
+    return "[" + ", ".join(str(a) for a in axes) + "]"

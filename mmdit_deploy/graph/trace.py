@@ -1,0 +1,144 @@
+"""Trace one kind of call, on fake tensors, to an ONNX function of activations and weights."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common as passes
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mmdit_deploy.errors import GraphError
+from mmdit_deploy.model.calls import Kind
+
+DOMAIN = "mmdit"
+OPSET = 23  # the first with Attention, RMSNormalization and RotaryEmbedding
+# Examples of 0 or 1 would be baked in; unlike sizes keep the axes apart.
+EXAMPLE_SIZES = {"batch": 3, "img_tokens": 37, "txt_tokens": 11}
+
+
+class _Pure(nn.Module):
+    """``module`` as a function of (activations, weights)."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.__dict__["module"] = module  # not a submodule: its weights must not become this one's
+
+    def forward(self, activations: tuple[Tensor, ...], weights: dict[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
+        out: Tensor | tuple[Tensor, ...] = torch.func.functional_call(self.module, weights, activations)
+        return out
+
+
+def trace(kind: Kind, dtype: torch.dtype) -> ir.Function:
+    """The kind's ONNX function. Its inputs are the activations, then the parameters and buffers of the module.
+
+    No weight memory is used, and the cost does not depend on the model's depth.
+
+    Args:
+        dtype: the compute type of weights and activations.
+    """
+    with FakeTensorMode(), _default_dtype(dtype):
+        module = kind.build()
+        weights = {
+            **{name: p.detach() for name, p in module.named_parameters()},
+            **{name: b.detach() for name, b in module.named_buffers()},
+        }
+        activations = tuple(
+            torch.empty(t.shape(EXAMPLE_SIZES), dtype=getattr(torch, t.dtype) if t.dtype != "compute" else dtype)
+            for t in kind.inputs
+        )
+        axes = {a: torch.export.Dim(a) for t in kind.inputs for a in t.axes if isinstance(a, str)}
+        dynamic = tuple(
+            {i: axes[a] for i, a in enumerate(t.axes) if isinstance(a, str)} for t in kind.inputs
+        )
+        with _quiet():
+            exported = torch.export.export(
+                _Pure(module),
+                (activations, weights),
+                dynamic_shapes=(dynamic, dict.fromkeys(weights)),
+                strict=False,
+            )
+            program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False)
+    if program is None:
+        raise GraphError(f"{kind.function} could not be traced", fix="report this as a bug")
+    return _as_function(kind, program.model, list(weights))
+
+
+def _as_function(kind: Kind, model: ir.Model, weight_names: list[str]) -> ir.Function:
+    graph = model.graph
+    names = [t.name for t in kind.inputs] + weight_names
+    if len(graph.inputs) != len(names):
+        raise GraphError(
+            f"{kind.function} has the inputs {names}", received=str([v.name for v in graph.inputs]), fix="report this as a bug"
+        )
+    _name_axes(kind, graph)
+    for value, name in zip(graph.inputs, names, strict=True):
+        value.name = name
+    for value, tensor in zip(graph.outputs, kind.outputs, strict=True):
+        value.name = tensor.name
+    _initializers_to_constants(graph)
+    passes.CommonSubexpressionEliminationPass()(model)
+    passes.RemoveUnusedNodesPass()(model)
+    passes.ClearMetadataAndDocStringPass()(model)  # stack traces of the exporter: most of the file's size
+    return ir.Function(DOMAIN, kind.function, graph=graph, attributes=[])
+
+
+def _name_axes(kind: Kind, graph: ir.Graph) -> None:
+    """Replace the tracer's symbols (``s12 + s21``) with the contract's (``txt_tokens + img_tokens``)."""
+    symbols: dict[str, str] = {}
+    for value, tensor in zip(graph.inputs, kind.inputs, strict=False):
+        for dim, axis in zip(value.shape or (), tensor.axes, strict=True):
+            if isinstance(axis, str):
+                symbols[str(dim)] = axis
+
+    def renamed(dim: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
+        if isinstance(dim, int):
+            return dim
+        return ir.SymbolicDim(re.sub(r"[A-Za-z_]\w*", lambda m: symbols.get(m[0], m[0]), str(dim)))
+
+    for value in [*graph.inputs, *(out for node in graph for out in node.outputs)]:
+        if value.shape is not None:
+            value.shape = ir.Shape([renamed(d) for d in value.shape])
+
+
+def _initializers_to_constants(graph: ir.Graph) -> None:
+    """A function has no initializers: the few small ones that the tracer makes become Constant nodes."""
+    for name, value in list(graph.initializers.items()):
+        constant = ir.node("Constant", [], attributes={"value": value.const_value})
+        out = constant.outputs[0]
+        out.name, out.type, out.shape = name, value.type, value.shape
+        ir.convenience.replace_all_uses_with(value, out)
+        del graph.initializers[name]
+        first = next(iter(graph), None)
+        graph.insert_before(first, constant) if first is not None else graph.append(constant)
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    # Set before construction: `.half()` under fake tensors fails with a swap_tensors error.
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter logs and warns about its own internals; errors still raise."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
