@@ -28,6 +28,7 @@ from diffusers import SD3Transformer2DModel
 from mmdit_deploy.checkpoint import plan_layout, random_tensor, weight_statistics, write_safetensors
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+MODEL: Any = SD3Transformer2DModel  # diffusers' lazy classes are opaque to type checkers
 POSITION_TABLE = "pos_embed.pos_embed"  # a computed buffer, stored in every SD3 checkpoint
 WEIGHTS = "diffusion_pytorch_model"
 
@@ -83,7 +84,8 @@ def position_table(config: dict[str, Any]) -> torch.Tensor:
     """The table of position embeddings as diffusers computes it, [1, max_size², width] in fp32."""
     from diffusers.models.embeddings import PatchEmbed
 
-    embed = PatchEmbed(
+    patch_embed: Any = PatchEmbed
+    embed = patch_embed(
         height=config["sample_size"],
         width=config["sample_size"],
         patch_size=config["patch_size"],
@@ -107,7 +109,7 @@ def draw(
 
 
 def split(shapes: dict[str, tuple[int, ...]], itemsize: int, limit: float) -> list[list[str]]:
-    """Cuts the keys, in order, into shards of at most `limit` bytes (a larger tensor has a shard of its own)."""
+    """Cuts the keys, in order, into shards of at most `limit` bytes; a larger tensor has its own."""
     shards: list[list[str]] = [[]]
     used = 0
     for key, shape in shapes.items():
@@ -120,9 +122,7 @@ def split(shapes: dict[str, tuple[int, ...]], itemsize: int, limit: float) -> li
     return shards
 
 
-def stream_weights(
-    model: SD3Transformer2DModel, folder: Path, seed: int, dtype: torch.dtype, shard_bytes: float
-) -> int:
+def stream_weights(model: Any, folder: Path, seed: int, dtype: torch.dtype, shard_bytes: float) -> int:
     """Writes the weight files of a model that has no weights, tensor by tensor.
 
     Args:
@@ -162,13 +162,16 @@ def save_with_diffusers(
     config: dict[str, Any], folder: Path, seed: int, dtype: torch.dtype, shard_bytes: float
 ) -> int:
     """Writes config and weights with diffusers' `save_pretrained`; returns the bytes of the weight files."""
-    model = SD3Transformer2DModel(**config)
+    model = MODEL(**config)
     state = {
         key: draw(key, tuple(tensor.shape), dict(model.config), seed, dtype)
         for key, tensor in model.state_dict().items()
     }
     model.load_state_dict(state)
-    model.to(dtype).save_pretrained(folder, max_shard_size=int(shard_bytes))
+    torch.nn.Module.to(
+        model, dtype
+    )  # not diffusers' override, which warns about modules that SD3 does not have
+    model.save_pretrained(folder, max_shard_size=int(shard_bytes))
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
@@ -208,7 +211,7 @@ def make_checkpoint(
     if not stream:
         return save_with_diffusers(config, folder, seed, dtype, shard_bytes)
     with torch.device("meta"):
-        model = SD3Transformer2DModel(**config)
+        model = MODEL(**config)
     model.save_config(folder)
     return stream_weights(model, folder, seed, dtype, shard_bytes)
 

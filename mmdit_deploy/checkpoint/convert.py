@@ -81,12 +81,12 @@ def convert(tensor: torch.Tensor, dtype: torch.dtype, key: str) -> torch.Tensor:
         if same:
             continue
         if not peak.to(dtype).isfinite():
-            worst = max(float(_max_abs(part, scratch)) for _, part in _chunks(flat))
-            if not np.isfinite(worst):
+            peaks = [float(_max_abs(part, scratch)) for _, part in _chunks(flat)]
+            if not np.isfinite(peaks).all():  # a later chunk may be worse than an overflow
                 raise _not_finite(flat, key)
             raise CheckpointError(
                 f"tensor {quote(key)} must fit into {dtype}: at most {torch.finfo(dtype).max:g}",
-                received=f"a largest magnitude of {worst:g}",
+                received=f"a largest magnitude of {max(peaks):g}",
                 fix="use --bf16 or --fp32" if dtype == torch.float16 else "use --fp32",
             )
         out[start : start + _CHUNK_ELEMENTS].copy_(chunk)

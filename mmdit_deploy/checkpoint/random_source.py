@@ -1,5 +1,4 @@
-"""Random weights from integers, the same to the bit on any machine, in any order of keys, with any number of
-threads.
+"""Random weights from integers: the same to the bit on any machine, in any order, with any number of threads.
 
 `torch.randn` differs between CPUs in the last bits, so it cannot stand for weights that two machines must
 agree on. Here a counter generator (Philox 4x64, keyed by the SHA-256 of seed and tensor name) gives 16-bit
@@ -80,10 +79,8 @@ def random_tensor(
         shape: of the result.
         std: standard deviation.
         mean: of the distribution.
-        dtype: a float dtype. Values are made in fp32 and rounded once, so 16-bit weights are the rounded fp32
-            ones.
-        threads: how many draw at once; None takes what the machine has, at most 4. The bits do not depend on
-            it.
+        dtype: a float dtype. Values are made in fp32; 16-bit weights are these, rounded once.
+        threads: how many draw at once; None takes what the machine has, at most 4. The bits stay the same.
 
     Returns:
         A contiguous tensor on the CPU.
@@ -101,8 +98,7 @@ def random_tensor(
             count = min(_CHUNK_VALUES, total - start)
             counter = chunk * (_CHUNK_WORDS // _WORDS_PER_COUNT)
             generator = np.random.Generator(np.random.Philox(key=philox_key, counter=counter))
-            # All 64-bit integers: the raw words of the generator, as `random_raw` gives them, 6 times as fast
-            # (M)
+            # All 64-bit integers: the very words of `random_raw` (a test says so), 6 times as fast
             words = generator.integers(0, 2**64, size=-(-count // _PER_WORD), dtype=np.uint64)
             integers = words.astype("<u8", copy=False).view("<i2")[:count]
             np.multiply(integers, scale, out=values[:count])

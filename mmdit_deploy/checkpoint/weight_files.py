@@ -147,7 +147,7 @@ def read_index(index: Path) -> dict[str, set[str]]:
 
 
 def check_shards(index: Path, files: Sequence[SafetensorsFile], keys_of: Mapping[str, set[str]]) -> None:
-    """Checks that no tensor lies in two shards, and that each shard holds what the index says, no more or less.
+    """Checks that no tensor lies in two shards, and that each shard holds just what the index says.
 
     Args:
         index: the index file, for messages.

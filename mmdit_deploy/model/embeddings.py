@@ -74,8 +74,11 @@ class SincosPositions(nn.Module):
         self.register_buffer("frequencies", frequencies(spec.width // 4), persistent=False)
 
     def forward(self, img_ids: Tensor) -> Tensor:
-        positions = (img_ids + crop_offset(img_ids, self.max_size)) / self.shrink
-        row_angles, col_angles = (p[:, None] * self.frequencies for p in positions.unbind(-1))
+        return self.at(img_ids + crop_offset(img_ids, self.max_size))
+
+    def at(self, grid_ids: Tensor) -> Tensor:
+        """The sinusoids at rows and columns of the ``max_size``² grid itself: [N, 2] → [N, C]."""
+        row_angles, col_angles = (p[:, None] * self.frequencies for p in (grid_ids / self.shrink).unbind(-1))
         return torch.cat([col_angles.sin(), col_angles.cos(), row_angles.sin(), row_angles.cos()], dim=-1)
 
 

@@ -82,11 +82,10 @@ class ModelSpec:
     pos_table: bool = False
 
     def __post_init__(self) -> None:
-        for field in ("depth", "num_heads", "head_dim", "latent_channels", "out_channels", "patch_size",
+        require_depth(self.depth)
+        for field in ("num_heads", "head_dim", "latent_channels", "out_channels", "patch_size",
                       "txt_dim", "pooled_dim", "pos_max_size", "pos_base_size"):  # fmt: skip
             _require_positive_int(field, getattr(self, field))
-        if self.depth > MAX_DEPTH:
-            raise SpecError(f"depth must be at most {MAX_DEPTH}", received=str(self.depth), fix="choose a smaller depth")
         if self.cond_dim == 0:
             object.__setattr__(self, "cond_dim", self.width)
         _require_positive_int("cond_dim", self.cond_dim)
@@ -169,6 +168,18 @@ class ModelSpec:
                 fix="re-export the bundle with this version",
             )
         return ModelSpec(**{**data, "dual_attention_blocks": tuple(data.get("dual_attention_blocks", ()))})
+
+
+def require_depth(depth: object) -> None:
+    """Check that a depth is a whole number from 1 to 128.
+
+    Raises:
+        SpecError: it is not.
+    """
+    if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= MAX_DEPTH:
+        raise SpecError(
+            f"depth is a whole number from 1 to {MAX_DEPTH}", received=repr(depth), fix="e.g. --depth 24"
+        )
 
 
 def _require_positive_int(field: str, value: object) -> None:

@@ -1,0 +1,19 @@
+"""Bundles: written whole or not at all, described by a manifest, checked before anything in them is used."""
+
+from __future__ import annotations
+
+from mmdit_deploy.bundle.files import FileRecord
+from mmdit_deploy.bundle.manifest import FORMAT, Manifest, read_manifest, write_manifest
+from mmdit_deploy.bundle.opening import Bundle, open_bundle
+from mmdit_deploy.bundle.writer import staged_bundle
+
+__all__ = [
+    "FORMAT",
+    "Bundle",
+    "FileRecord",
+    "Manifest",
+    "open_bundle",
+    "read_manifest",
+    "staged_bundle",
+    "write_manifest",
+]

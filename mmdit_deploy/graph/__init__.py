@@ -1,0 +1,1 @@
+"""Trace, assemble, fuse, lower: from the model's calls to ONNX graphs without weights."""

@@ -1,0 +1,30 @@
+"""Lower: one spelling down to what each runtime runs fastest."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from mmdit_deploy.graph.lower.adaln import adaln
+from mmdit_deploy.graph.lower.emulate_bf16 import emulate_bf16
+from mmdit_deploy.graph.lower.linear import linear
+from mmdit_deploy.graph.lower.multi_head_attention import MICROSOFT, multi_head_attention
+from mmdit_deploy.graph.passes import Pass, PassResult, run
+
+_ORT = (multi_head_attention, adaln, linear)
+
+# What each dialect is made of, from the standard opset-23 graph.
+DIALECTS: dict[str, tuple[Pass, ...]] = {
+    "ort": _ORT,
+    "ort-emulated-bf16": (*_ORT, emulate_bf16),
+}
+
+
+def lower(model: ir.Model, dialect: str) -> tuple[ir.Model, tuple[PassResult, ...]]:
+    """A copy of the standard graph in another dialect, and what each pass did."""
+    lowered = model.clone()
+    for owner in (lowered.graph, *lowered.functions.values()):
+        owner.opset_imports[MICROSOFT] = 1
+    return lowered, run(lowered, DIALECTS[dialect])
+
+
+__all__ = ["DIALECTS", "lower"]

@@ -1,0 +1,36 @@
+"""AdaLN in one pass over the tokens.
+
+    LayerNormalization(x, ones) · (1 + scale) + shift   ⇒   LayerNormalization(x, 1 + scale, shift)
+
+ONNX lets scale and bias broadcast from one vector per sample, [B, 1, C]; ONNX Runtime's CPU kernel takes them so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from onnxscript.rewriter.pattern import MatchResult, RewriteRuleClassBase
+
+from mmdit_deploy.graph.passes import Pass, rule_pass
+
+
+class _AdaLN(RewriteRuleClassBase):
+    def pattern(self, op: Any, x: Any, ones: Any, scale: Any, shift: Any) -> Any:
+        normed = op.LayerNormalization(x, ones, _allow_other_attributes=True, _outputs=["normed"])
+        return op.Add(op.Mul(normed, scale), shift)
+
+    def check(self, op: Any, x: Any, ones: Any, scale: Any, shift: Any, **_: Any) -> MatchResult:
+        result = MatchResult()
+        if ones.const_value is None or not np.all(ones.const_value.numpy() == 1):
+            return result.fail("the norm has a weight of its own", ones)
+        for value in (scale, shift):
+            if x.shape is None or len(x.shape) != 3 or value.shape is None or list(value.shape) != [x.shape[0], 1, x.shape[2]]:
+                return result.fail("not one vector per sample", value)
+        return result
+
+    def rewrite(self, op: Any, x: Any, scale: Any, shift: Any, normed: Any, **_: Any) -> Any:
+        return op.LayerNormalization(x, scale, shift, **normed.producer().attributes)
+
+
+adaln: Pass = rule_pass("adaptive layer norm", _AdaLN.rule())

@@ -1,0 +1,129 @@
+"""What all reports say about verdicts: the outcome, and the worst by level and by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from mmdit_deploy.verify.records import Check, Level, Verdict
+
+Outcome = Literal["PASS", "FAIL", "NOT VERIFIED"]
+
+LEVELS: dict[Level, str] = {
+    "local": "each block alone, on equal inputs",
+    "cumulative": "each side's own chain, up to this block",
+    "output": "the chain's final output",
+    "engine": "the whole engine in one run",
+}
+
+
+def outcome(verdict: Verdict) -> Outcome:
+    """PASS or FAIL if something was checked; what was not checked neither passed nor failed."""
+    if verdict.passed:
+        return "PASS"
+    return "NOT VERIFIED" if verdict.first_failure is None else "FAIL"
+
+
+def overall(verdicts: Sequence[Verdict]) -> tuple[Outcome, str]:
+    """The outcome of several engines together, and a sentence that counts them."""
+    outcomes = [outcome(v) for v in verdicts]
+    if not outcomes:
+        return "NOT VERIFIED", "No engine was verified."
+    counts = [
+        (outcomes.count("PASS"), "within tolerance"),
+        (outcomes.count("FAIL"), "out of tolerance"),
+        (outcomes.count("NOT VERIFIED"), "not verified"),
+    ]
+    sentence = f"{counted(len(outcomes), 'engine')}: " + ", ".join(f"{count} {words}" for count, words in counts if count) + "."
+    unexecuted = sum(len(v.not_executed) for v in verdicts)
+    if unexecuted:
+        sentence += f" {counted(unexecuted, 'item')} not executed."
+    if "FAIL" in outcomes:
+        return "FAIL", sentence
+    return ("PASS" if "PASS" in outcomes else "NOT VERIFIED"), sentence
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 item``, ``2 items``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def badness(check: Check) -> tuple[bool, float, bool]:
+    """A sort key: out of tolerance last and so worst, NaN worse than any figure."""
+    return (check.errors.nonfinite > 0, _nan_is_worst(check.errors.rel_l2), not check.passed)
+
+
+def worst(checks: Iterable[Check]) -> Check:
+    """The check with the largest rel-L2; non-finite is worse than any figure."""
+    return max(checks, key=badness)
+
+
+def by_name(checks: Iterable[Check]) -> dict[tuple[Level, str], list[Check]]:
+    """The cases of each comparison, keyed by level and name, in the order of the model."""
+    groups: dict[tuple[Level, str], list[Check]] = {}
+    for check in checks:
+        groups.setdefault((check.level, check.name), []).append(check)
+    return groups
+
+
+@dataclass(frozen=True)
+class LevelSummary:
+    """The checks of one level, each figure the worst of its own kind.
+
+    Args:
+        level: the level.
+        checks: how many comparisons.
+        out: how many are out of tolerance, or not finite.
+        binding: whether the tolerance binds any of them.
+        rel_l2: the largest; infinite or NaN if any is.
+        cosine: the least; NaN if any is.
+        max_abs: the largest; NaN if any is.
+        where: the check with the largest rel-L2.
+    """
+
+    level: Level
+    checks: int
+    out: int
+    binding: bool
+    rel_l2: float
+    cosine: float
+    max_abs: float
+    where: Check
+
+
+def level_summaries(verdict: Verdict) -> list[LevelSummary]:
+    """A summary of every level that was checked."""
+    summaries = []
+    for level in LEVELS:
+        checks = [c for c in verdict.checks if c.level == level]
+        if checks:
+            summaries.append(
+                LevelSummary(
+                    level,
+                    checks=len(checks),
+                    out=sum(not c.passed for c in checks),
+                    binding=any(c.binding for c in checks),
+                    rel_l2=worst(checks).errors.rel_l2,
+                    cosine=min((c.errors.cosine for c in checks), key=_nan_is_least),
+                    max_abs=max((c.errors.max_abs for c in checks), key=_nan_is_worst),
+                    where=worst(checks),
+                )
+            )
+    return summaries
+
+
+def failing(verdict: Verdict) -> list[tuple[Check, int]]:
+    """What is out of tolerance, and in how many cases: the first failure, then the worst case of every other name."""
+    groups = list(by_name(c for c in verdict.checks if not c.passed).values())
+    # The first is shown as it was found; of the others, the worst case says more than the first one.
+    return [(group[0] if i == 0 else worst(group), len(group)) for i, group in enumerate(groups)]
+
+
+def _nan_is_worst(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
+def _nan_is_least(value: float) -> float:
+    return -math.inf if math.isnan(value) else value

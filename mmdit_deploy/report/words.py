@@ -1,0 +1,95 @@
+"""How figures, cases, bounds and names are written, alike in every report."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Mapping
+from typing import Any
+
+from mmdit_deploy.verify.records import Case, Check, Errors
+
+METRICS = {"rel_l2": "rel-L2", "cosine": "cosine", "max_abs": "max-abs"}
+
+
+def printable(text: str) -> str:
+    """One line that any terminal, XML file or page can hold.
+
+    Names and paths come from files. Control characters could steer a terminal, and XML 1.0 can hold neither them nor
+    lone surrogates and noncharacters, however escaped; a space stands for white space, U+FFFD for the rest.
+    """
+    return "".join(_printable(char) for char in text).strip()
+
+
+def _printable(char: str) -> str:
+    if char.isspace():
+        return " "
+    # Cf holds the bidirectional overrides, with which a name could disguise itself.
+    return "\N{REPLACEMENT CHARACTER}" if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Cn") else char
+
+
+def figure(value: float) -> str:
+    """An error in three digits: ``1.23e-03``; 0 only if it is exactly 0."""
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    return "0" if value == 0 else f"{value:.2e}"
+
+
+def cosine_figure(value: float) -> str:
+    """A cosine in nine decimals: fp32 is judged on the seventh."""
+    return f"{value:.9f}" if math.isfinite(value) else figure(value)
+
+
+def errors_words(errors: Errors) -> str:
+    """All figures of one comparison, in a line."""
+    if errors.nonfinite:
+        return f"{errors.nonfinite} values are NaN or Inf"
+    return (
+        f"rel-L2 {figure(errors.rel_l2)}, cosine {cosine_figure(errors.cosine)}, max-abs {figure(errors.max_abs)}"
+    )
+
+
+def case_words(case: Case) -> str:
+    """A case, short enough for a table."""
+    return f"batch {case.batch}, {case.rows}×{case.cols} img, {case.txt_tokens} txt, t={case.timestep:g}"
+
+
+def duration(seconds: float) -> str:
+    """Wall time as a person says it."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def bounds(tolerance: Mapping[str, Any]) -> str:
+    """The bounds of a tolerance, without its reason: ``cosine ≥ 0.9999, rel-L2 ≤ 0.005``."""
+    return ", ".join(
+        f"{METRICS[metric]} {'≥' if side == 'min' else '≤'} {bound:.12g}"
+        for side, metric, bound in _sides(tolerance)
+    )
+
+
+def breaches(check: Check, tolerance: Mapping[str, Any]) -> str:
+    """Which bounds a check breaks: ``rel-L2 1.20e-01 > 0.005``. Without a broken bound, the check's figures."""
+    errors = check.errors
+    if errors.nonfinite:
+        return errors_words(errors)
+    broken = []
+    for side, metric, bound in _sides(tolerance) if check.binding else ():
+        value = getattr(errors, metric)
+        kept = value >= bound if side == "min" else value <= bound
+        if not kept:
+            written = cosine_figure(value) if metric == "cosine" else figure(value)
+            relation = "is not a number, bound" if math.isnan(value) else "<" if side == "min" else ">"
+            broken.append(f"{METRICS[metric]} {written} {relation} {bound:.12g}")
+    return "; ".join(broken) or errors_words(errors)
+
+
+def _sides(tolerance: Mapping[str, Any]) -> list[tuple[str, str, float]]:
+    """(min or max, metric, bound) for every bound: the keys of a tolerance say what they bind."""
+    sides = [(*key.partition("_")[::2], bound) for key, bound in tolerance.items()]
+    return [(side, metric, bound) for side, metric, bound in sides if side in ("min", "max") and metric in METRICS]
