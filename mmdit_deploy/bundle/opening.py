@@ -72,8 +72,8 @@ def open_bundle(path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
         The bundle.
 
     Raises:
-        BundleError: it does not exist, its manifest is broken, or a file is missing, changed, no regular file,
-            or in a place where a runtime would load it without its being listed. Names the file, what was
+        BundleError: it does not exist, its manifest is broken, or a file is missing, changed, no regular
+            file, or where a runtime would load it without its being listed. Names the file, what was
             expected, and what was found.
     """
     directory = Path(path)

@@ -141,7 +141,7 @@ def clear_abandoned(parent: Path) -> int:
 
 
 def _remove(container: Path) -> None:
-    """Removes a container as far as possible, the lock last: what remains has one, and the next run goes on."""
+    """Removes a container as far as possible, the lock last, so that the next run can resume."""
     with contextlib.suppress(OSError):
         for entry in os.listdir(container):
             if entry != _LOCK:

@@ -1,7 +1,7 @@
 """`staged_bundle`: a bundle appears whole or not at all.
 
 It is written beside its final path, synced to the disk, and renamed. A failed run removes what it wrote; what
-a killed run (`kill -9`, a power cut) left is removed by the next run that writes to the same parent directory.
+a killed run (`kill -9`, a power cut) left is removed by the next run that writes to the same parent.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def staged_bundle(final: str | os.PathLike[str], *, force: bool) -> Iterator[Pat
 
 
 def _target(final: Path) -> Path:
-    """The absolute path; only the parent's links are resolved, so that a link in the bundle's place is seen."""
+    """The absolute path. Only the parent's links are resolved: one in the bundle's place must be seen."""
     try:
         if final.name in ("", ".."):  # as in `-o .`
             final = final.resolve()

@@ -1,4 +1,4 @@
-"""Verdicts as one HTML file that needs nothing else: it opens from disk, prints, and follows dark or light."""
+"""Verdicts as one HTML file on its own: it opens from disk, prints, and has dark and light colours."""
 
 from __future__ import annotations
 
@@ -107,8 +107,11 @@ def _engine(verdict: Verdict) -> dict[str, Any]:
         "plots": [
             (caption, svg)
             for caption, svg in (
-                ("Error by block: a dot for each case, a line through the worst.", block_plot(verdict)),
-                ("Error of the outputs by case.", output_plot(verdict)),
+                (
+                    "Error by block: a dot for each case, a line through the worst. Red is out of tolerance.",
+                    block_plot(verdict),
+                ),
+                ("Error of the outputs by case. Red is out of tolerance.", output_plot(verdict)),
             )
             if svg
         ],
@@ -123,7 +126,8 @@ def _failure(check: Check, cases: int, verdict: Verdict) -> dict[str, str]:
     return {
         "level": check.level,
         "name": printable(check.name),
-        "case": case_words(check.case) + (f" ({counted(cases, 'case')})" if cases > 1 else ""),
+        "case": case_words(check.case),
+        "cases": counted(cases, "case"),
         "why": breaches(check, verdict.tolerance),
         "figures": errors_words(check.errors),
     }
@@ -141,12 +145,13 @@ def _blocks(verdict: Verdict) -> dict[str, Any]:
 
 
 def _row(check: Check) -> dict[str, Any]:
+    errors = check.errors
     return {
         "name": printable(check.name),
         "level": check.level,
         "case": case_words(check.case),
-        "rel_l2": f"{check.errors.nonfinite} non-finite" if check.errors.nonfinite else figure(check.errors.rel_l2),
-        "cosine": cosine_figure(check.errors.cosine),
-        "max_abs": figure(check.errors.max_abs),
+        "rel_l2": f"{errors.nonfinite} NaN or Inf" if errors.nonfinite else figure(errors.rel_l2),
+        "cosine": cosine_figure(errors.cosine),
+        "max_abs": figure(errors.max_abs),
         "out": not check.passed,
     }

@@ -15,7 +15,7 @@ COUNTS = ("tests", "failures", "errors", "skipped")
 
 
 def write_junit(verdicts: Sequence[Verdict], path: str | os.PathLike[str]) -> None:
-    """Write one testsuite per engine, one testcase per level and name, the worst of its cases standing for all.
+    """Write one testsuite per engine, one testcase per level and name, its worst case standing for all.
 
     What was not executed is a skipped testcase. Testcases carry no time: only the engine as a whole is timed.
 
@@ -33,7 +33,8 @@ def write_junit(verdicts: Sequence[Verdict], path: str | os.PathLike[str]) -> No
     root.set("time", f"{sum(v.seconds for v in verdicts):.3f}")
     root.extend(suites)
     ET.indent(root)
-    write_whole(path, '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n")
+    xml = ET.tostring(root, encoding="unicode")
+    write_whole(path, f'<?xml version="1.0" encoding="UTF-8"?>\n{xml}\n')
 
 
 def _suite(verdict: Verdict) -> ET.Element:
@@ -51,14 +52,13 @@ def _suite(verdict: Verdict) -> ET.Element:
         # Without this, a suite that checked nothing would look as green as one that passed.
         skipped.append("nothing was verified: no check that the tolerance binds was run")
     for words in skipped:
-        testcase = ET.SubElement(
-            suite, "testcase", classname=f"{engine}.not_executed", name=printable(words)
-        )
+        testcase = ET.SubElement(suite, "testcase", classname=f"{engine}.not_executed", name=printable(words))
         ET.SubElement(testcase, "skipped", message=printable(words))
 
-    counts = (len(suite.findall("testcase")), len(suite.findall("*/failure")), 0, len(suite.findall("*/skipped")))
-    for count, value in zip(COUNTS, counts, strict=True):
-        suite.set(count, str(value))
+    # An error, in JUnit's sense, is a test that broke before it could judge; verification raises then.
+    paths = {"tests": "testcase", "failures": "*/failure", "errors": "*/error", "skipped": "*/skipped"}
+    for count in COUNTS:
+        suite.set(count, str(len(suite.findall(paths[count]))))
     suite.set("time", f"{verdict.seconds:.3f}")
     return suite
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
-from mmdit_deploy.report.summary import badness
-from mmdit_deploy.report.svg import Plot, Point, Series, draw
+from mmdit_deploy.report.svg import Marker, Plot, Point, Series, draw
 from mmdit_deploy.report.words import case_words, errors_words, printable
 from mmdit_deploy.verify.records import Case, Check, Level, Verdict
 
+MARKERS: tuple[Marker, Marker] = ("circle", "diamond")
+
 
 def block_plot(verdict: Verdict) -> str:
-    """rel-L2 by block, local and cumulative: a dot for each case, a line for the worst. Empty if there is none."""
+    """rel-L2 by block, local and cumulative: a dot a case, a line for the worst. Empty if there is none."""
     checks = [c for c in verdict.checks if c.level in ("local", "cumulative")]
     names = list(dict.fromkeys(c.name for c in checks))
     places = {name: i for i, name in enumerate(names)}
     x_title, labels = _block_labels(names)
+    first = next((c.name for c in checks if not c.passed), None)
     return _plot(
         verdict,
         checks,
@@ -25,16 +28,14 @@ def block_plot(verdict: Verdict) -> str:
         title=f"rel-L2 by block, {verdict.target}",
         x_title=x_title,
         labels=labels,
+        mark=None if first is None else (places[first], f"first out: {printable(first)}"),
     )
 
 
 def output_plot(verdict: Verdict) -> str:
-    """rel-L2 of the outputs by case, ordered by timestep: a dot for each output. Empty if there is none."""
+    """rel-L2 of the outputs by case: a line joins the timesteps of one shape. Empty if there is none."""
     checks = [c for c in verdict.checks if c.level in ("output", "engine")]
-    cases = sorted(
-        dict.fromkeys(c.case for c in checks),
-        key=lambda c: (c.batch, c.img_tokens, c.rows, c.txt_tokens, c.timestep),
-    )
+    cases = sorted(dict.fromkeys(c.case for c in checks), key=lambda case: (_shape(case), case.timestep))
     places = {case: i for i, case in enumerate(cases)}
     return _plot(
         verdict,
@@ -42,8 +43,9 @@ def output_plot(verdict: Verdict) -> str:
         ("output", "engine"),
         [places[c.case] for c in checks],
         title=f"rel-L2 of outputs by case, {verdict.target}",
-        x_title="case: timestep; batch × image tokens; text tokens",
+        x_title="case: timestep; batch \N{MULTIPLICATION SIGN} image tokens; text tokens",
         labels=tuple(_case_label(case) for case in cases),
+        breaks=frozenset(i for i in range(1, len(cases)) if _shape(cases[i]) != _shape(cases[i - 1])),
     )
 
 
@@ -56,20 +58,20 @@ def _plot(
     title: str,
     x_title: str,
     labels: tuple[str, ...],
+    breaks: frozenset[int] = frozenset(),
+    mark: tuple[int, str] | None = None,
 ) -> str:
     if not checks:
         return ""
     series = []
-    for level, marker in zip(levels, ("circle", "diamond"), strict=True):
+    for level, marker in zip(levels, MARKERS, strict=True):
         points = tuple(
             _point(check, place) for check, place in zip(checks, places, strict=True) if check.level == level
         )
         if points:
-            bound = any(c.binding for c in checks if c.level == level)
-            label = level if bound else f"{level} (only reported)"
-            series.append(Series(label, "circle" if marker == "circle" else "diamond", points))
+            binding = any(c.binding for c in checks if c.level == level)
+            series.append(Series(level if binding else f"{level} (only reported)", marker, points))
     bound = verdict.tolerance.get("max_rel_l2")
-    first = next(((c, place) for c, place in zip(checks, places, strict=True) if not c.passed), None)
     return draw(
         Plot(
             title=printable(title),
@@ -77,16 +79,16 @@ def _plot(
             labels=labels,
             series=tuple(series),
             bound=None if bound is None else (float(bound), f"tolerance {bound:.12g}"),
-            mark=None if first is None else (first[1], f"first out: {printable(first[0].name)}"),
+            breaks=breaks,
+            mark=mark,
         )
     )
 
 
 def _point(check: Check, place: int) -> Point:
     words = f"{printable(check.name)} {check.level}, {case_words(check.case)}: {errors_words(check.errors)}"
-    # The key's first members say non-finite and NaN-is-infinite; a strip of the plot is for both.
-    nonfinite, value, _ = badness(check)
-    return Point(place, float("inf") if nonfinite else value, words, not check.passed)
+    value = math.nan if check.errors.nonfinite else check.errors.rel_l2
+    return Point(place, value, words, not check.passed)
 
 
 def _block_labels(names: Sequence[str]) -> tuple[str, tuple[str, ...]]:
@@ -98,5 +100,10 @@ def _block_labels(names: Sequence[str]) -> tuple[str, tuple[str, ...]]:
     return "call", tuple(printable(name) for name in names)
 
 
+def _shape(case: Case) -> tuple[int, ...]:
+    return (case.batch, case.img_tokens, case.rows, case.txt_tokens)
+
+
 def _case_label(case: Case) -> str:
-    return f"t={case.timestep:g}\n{case.batch} × {case.rows}×{case.cols}\n{case.txt_tokens} txt"
+    shape = f"{case.batch} \N{MULTIPLICATION SIGN} {case.rows}\N{MULTIPLICATION SIGN}{case.cols}"
+    return f"t={case.timestep:g}\n{shape}\n{case.txt_tokens} txt"

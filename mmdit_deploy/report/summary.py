@@ -31,12 +31,16 @@ def overall(verdicts: Sequence[Verdict]) -> tuple[Outcome, str]:
     outcomes = [outcome(v) for v in verdicts]
     if not outcomes:
         return "NOT VERIFIED", "No engine was verified."
-    counts = [
-        (outcomes.count("PASS"), "within tolerance"),
-        (outcomes.count("FAIL"), "out of tolerance"),
-        (outcomes.count("NOT VERIFIED"), "not verified"),
-    ]
-    sentence = f"{counted(len(outcomes), 'engine')}: " + ", ".join(f"{count} {words}" for count, words in counts if count) + "."
+    words: dict[Outcome, str] = {
+        "PASS": "within tolerance",
+        "FAIL": "out of tolerance",
+        "NOT VERIFIED": "not verified",
+    }
+    if len(outcomes) == 1:
+        sentence = f"The engine is {words[outcomes[0]]}."
+    else:
+        counts = [f"{outcomes.count(o)} {said}" for o, said in words.items() if o in outcomes]
+        sentence = f"{len(outcomes)} engines: {', '.join(counts)}."
     unexecuted = sum(len(v.not_executed) for v in verdicts)
     if unexecuted:
         sentence += f" {counted(unexecuted, 'item')} not executed."
@@ -50,14 +54,14 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def badness(check: Check) -> tuple[bool, float, bool]:
-    """A sort key: out of tolerance last and so worst, NaN worse than any figure."""
+def _badness(check: Check) -> tuple[bool, float, bool]:
+    """A sort key by rel-L2: non-finite is worse than any figure; of equals, what is out of tolerance is worse."""
     return (check.errors.nonfinite > 0, _nan_is_worst(check.errors.rel_l2), not check.passed)
 
 
 def worst(checks: Iterable[Check]) -> Check:
     """The check with the largest rel-L2; non-finite is worse than any figure."""
-    return max(checks, key=badness)
+    return max(checks, key=_badness)
 
 
 def by_name(checks: Iterable[Check]) -> dict[tuple[Level, str], list[Check]]:
@@ -115,7 +119,7 @@ def level_summaries(verdict: Verdict) -> list[LevelSummary]:
 
 
 def failing(verdict: Verdict) -> list[tuple[Check, int]]:
-    """What is out of tolerance, and in how many cases: the first failure, then the worst case of every other name."""
+    """What is out of tolerance, and in how many cases: the first failure, then the others' worst cases."""
     groups = list(by_name(c for c in verdict.checks if not c.passed).values())
     # The first is shown as it was found; of the others, the worst case says more than the first one.
     return [(group[0] if i == 0 else worst(group), len(group)) for i, group in enumerate(groups)]

@@ -1,10 +1,12 @@
-"""A plot with a logarithmic y axis as inline SVG. Its colours come from the page's style sheet, so that they follow
-its dark and light schemes."""
+"""A plot with a logarithmic y axis, as inline SVG.
+
+Its colours come from the page's style sheet, so that they follow its dark and light schemes.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Literal
 from xml.etree import ElementTree as ET
@@ -12,12 +14,13 @@ from xml.etree import ElementTree as ET
 WIDTH, LEFT, RIGHT, TOP, HEIGHT = 920, 58, 14, 34, 250
 BAND = 22  # the strips for what a logarithm cannot show: above for NaN and Inf, below for exact zeros
 CHAR = 6.3  # width of a digit at the size of the tick labels, on average
+Marker = Literal["circle", "diamond"]
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(frozen=True)
 class Point:
-    """One figure: its place on the x axis, its value, what hovering over it says, whether it is out of bounds."""
+    """One figure: its place on the x axis, its value, what hovering over it says, whether it is out."""
 
     x: int
     value: float
@@ -27,10 +30,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one kind; a line joins the worst at each x. Its marker, too, tells it from the other series."""
+    """Points of one kind; a line joins the worst at each place. Colour and marker tell it from another."""
 
     label: str
-    marker: Literal["circle", "diamond"]
+    marker: Marker
     points: tuple[Point, ...]
 
 
@@ -43,6 +46,7 @@ class Plot:
         x_title: what the x axis counts.
         labels: one for each place on the x axis; may have several lines.
         series: the data.
+        breaks: places at which the lines start anew.
         bound: where to draw the dashed line, and its label in the legend.
         mark: a place on the x axis to point at, and the words for it.
     """
@@ -51,6 +55,7 @@ class Plot:
     x_title: str
     labels: tuple[str, ...]
     series: tuple[Series, ...]
+    breaks: frozenset[int] = frozenset()
     bound: tuple[float, str] | None = None
     mark: tuple[int, str] | None = None
 
@@ -81,12 +86,12 @@ class _Scale:
 
 
 def draw(plot: Plot) -> str:
-    """A plot as one ``<svg>`` element, well-formed XML without a namespace, for use inside of an HTML page."""
+    """A plot as one ``<svg>`` element: well-formed XML, without a namespace, for use inside an HTML page."""
     values = [p.value for series in plot.series for p in series.points]
     strips = (any(not math.isfinite(v) for v in values), any(v == 0 for v in values))
     shown = [v for v in values if math.isfinite(v) and v > 0] + ([plot.bound[0]] if plot.bound else [])
     low = math.floor(math.log10(min(shown, default=1e-6)) - 0.05)
-    high = max(math.ceil(math.log10(max(shown, default=1.0)) + 0.05), low + 2)
+    high = max(math.ceil(math.log10(max(shown, default=1.0)) + 0.05), low + 1)
     top = TOP + (BAND if strips[0] else 0) + (16 if plot.mark else 0)
     scale = _Scale(low, high, max(len(plot.labels), 1), top, top + HEIGHT)
 
@@ -101,8 +106,9 @@ def draw(plot: Plot) -> str:
     if plot.bound:
         y = scale.y(plot.bound[0])
         _line(svg, "bound", LEFT, y, WIDTH - RIGHT, y)
-    for i, series in enumerate(plot.series):
-        _series(svg, scale, series, i)
+    # The first series is drawn last, on top: it is the one that the tolerance binds.
+    for i, series in reversed(list(enumerate(plot.series))):
+        _series(svg, scale, series, i, plot.breaks)
     svg.set("viewBox", f"0 0 {WIDTH} {foot:.0f}")
     return ET.tostring(svg, encoding="unicode")
 
@@ -139,16 +145,13 @@ def _grid(svg: ET.Element, scale: _Scale, strips: tuple[bool, bool]) -> None:
 
 
 def _strip(svg: ET.Element, style: str, y: float, label: str) -> None:
-    ET.SubElement(
-        svg,
-        "rect",
-        {"class": style, "x": str(LEFT), "y": f"{y:.1f}", "width": str(WIDTH - LEFT - RIGHT), "height": str(BAND)},
-    )
+    box = {"x": LEFT, "y": y, "width": WIDTH - LEFT - RIGHT, "height": BAND}
+    ET.SubElement(svg, "rect", {"class": style, **{name: f"{value:.1f}" for name, value in box.items()}})
     _text(svg, "tick", LEFT - 8, y + BAND / 2 + 4, label, anchor="end")
 
 
 def _x_axis(svg: ET.Element, scale: _Scale, plot: Plot, foot: float) -> float:
-    """Draw as many labels as fit, upright or else slanted, and give the height of all above and with the axis."""
+    """Draw as many labels as fit, upright or else slanted, and give where the plot ends."""
     _line(svg, "axis", LEFT, foot, WIDTH - RIGHT, foot)
     lines = [label.split("\n") for label in plot.labels]
     longest = max((len(line) for label in lines for line in label), default=0)
@@ -190,12 +193,12 @@ def _mark(svg: ET.Element, scale: _Scale, place: int, words: str) -> None:
     _text(svg, "label bad", x + (6 if right else -6), TOP, words, anchor="end" if right else "start")
 
 
-def _series(svg: ET.Element, scale: _Scale, series: Series, index: int) -> None:
+def _series(svg: ET.Element, scale: _Scale, series: Series, index: int, breaks: Set[int]) -> None:
     group = ET.SubElement(svg, "g", {"class": f"series-{index}"})
-    for run in _runs(series.points):
+    for run in _runs(series.points, breaks):
         points = " ".join(f"{scale.x(x):.1f},{scale.y(value):.1f}" for x, value in run)
         ET.SubElement(group, "polyline", {"class": "trace", "points": points})
-    radius = min(3.2, max(2.0, scale.slot / 4))
+    radius = min(3.2, max(1.6, scale.slot / 4))
     for point in series.points:
         marker = series.marker if math.isfinite(point.value) else "cross"
         style = "bad" if point.out else ""
@@ -204,14 +207,16 @@ def _series(svg: ET.Element, scale: _Scale, series: Series, index: int) -> None:
         ET.SubElement(dot, "title").text = point.title
 
 
-def _runs(points: Sequence[Point]) -> list[list[tuple[int, float]]]:
-    """The worst at each x, in runs of what a line may join: a line through NaN, Inf or 0 would invent figures."""
+def _runs(points: Sequence[Point], breaks: Set[int]) -> list[list[tuple[int, float]]]:
+    """The worst at each place, in runs of what a line may join: not NaN, Inf or 0, nor over breaks."""
     worst: dict[int, float] = {}
     for p in points:
         value = math.inf if math.isnan(p.value) else p.value
         worst[p.x] = max(worst.get(p.x, value), value)
     runs: list[list[tuple[int, float]]] = [[]]
     for x, value in sorted(worst.items()):
+        if x in breaks:
+            runs.append([])
         if math.isfinite(value) and value > 0:
             runs[-1].append((x, value))
         else:

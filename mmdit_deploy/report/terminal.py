@@ -10,7 +10,7 @@ from mmdit_deploy.report.words import bounds, breaches, case_words, cosine_figur
 from mmdit_deploy.verify.records import Check, Verdict
 
 WIDTH = 110
-MAX_FAILURES = 5
+MAX_FAILURES = 4
 MAX_ITEMS = 6
 
 
@@ -90,7 +90,7 @@ def _failures(verdict: Verdict) -> list[str]:
     for i, (check, cases) in enumerate(groups[:MAX_FAILURES]):
         if i == 1:
             lines.append("then, each in its worst case:")
-        several = f" in {cases} cases" if cases > 1 else ""
+        several = f", out in {cases} cases" if cases > 1 else ""
         lines.append(f"  {check.level} {_where(check)}{several}")
         lines.append(f"    {breaches(check, verdict.tolerance)}")
         # The first one is what gets debugged: it deserves all its figures.

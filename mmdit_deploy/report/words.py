@@ -15,8 +15,9 @@ METRICS = {"rel_l2": "rel-L2", "cosine": "cosine", "max_abs": "max-abs"}
 def printable(text: str) -> str:
     """One line that any terminal, XML file or page can hold.
 
-    Names and paths come from files. Control characters could steer a terminal, and XML 1.0 can hold neither them nor
-    lone surrogates and noncharacters, however escaped; a space stands for white space, U+FFFD for the rest.
+    Names and paths come from files. Control characters could steer a terminal, and XML 1.0 can hold neither
+    them nor lone surrogates and noncharacters, however escaped. A space stands for white space, U+FFFD
+    for the rest.
     """
     return "".join(_printable(char) for char in text).strip()
 
@@ -46,14 +47,14 @@ def errors_words(errors: Errors) -> str:
     """All figures of one comparison, in a line."""
     if errors.nonfinite:
         return f"{errors.nonfinite} values are NaN or Inf"
-    return (
-        f"rel-L2 {figure(errors.rel_l2)}, cosine {cosine_figure(errors.cosine)}, max-abs {figure(errors.max_abs)}"
-    )
+    cosine, max_abs = cosine_figure(errors.cosine), figure(errors.max_abs)
+    return f"rel-L2 {figure(errors.rel_l2)}, cosine {cosine}, max-abs {max_abs}"
 
 
 def case_words(case: Case) -> str:
     """A case, short enough for a table."""
-    return f"batch {case.batch}, {case.rows}×{case.cols} img, {case.txt_tokens} txt, t={case.timestep:g}"
+    img = f"{case.rows}\N{MULTIPLICATION SIGN}{case.cols}"
+    return f"batch {case.batch}, {img} img, {case.txt_tokens} txt, t={case.timestep:g}"
 
 
 def duration(seconds: float) -> str:
@@ -74,7 +75,7 @@ def bounds(tolerance: Mapping[str, Any]) -> str:
 
 
 def breaches(check: Check, tolerance: Mapping[str, Any]) -> str:
-    """Which bounds a check breaks: ``rel-L2 1.20e-01 > 0.005``. Without a broken bound, the check's figures."""
+    """Which bounds a check breaks: ``rel-L2 1.20e-01 > 0.005``. If none, the figures."""
     errors = check.errors
     if errors.nonfinite:
         return errors_words(errors)
@@ -91,5 +92,5 @@ def breaches(check: Check, tolerance: Mapping[str, Any]) -> str:
 
 def _sides(tolerance: Mapping[str, Any]) -> list[tuple[str, str, float]]:
     """(min or max, metric, bound) for every bound: the keys of a tolerance say what they bind."""
-    sides = [(*key.partition("_")[::2], bound) for key, bound in tolerance.items()]
-    return [(side, metric, bound) for side, metric, bound in sides if side in ("min", "max") and metric in METRICS]
+    pairs = [(side, metric) for metric in METRICS for side in ("min", "max")]
+    return [(s, m, tolerance[f"{s}_{m}"]) for s, m in pairs if f"{s}_{m}" in tolerance]

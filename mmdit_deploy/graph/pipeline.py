@@ -1,0 +1,99 @@
+"""Every graph of a bundle, from a spec: trace, assemble, fuse, check, lower. No weights are touched."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from mmdit_deploy.checkpoint import Layout
+from mmdit_deploy.checkpoint.keys import parameters
+from mmdit_deploy.contract import Contract
+from mmdit_deploy.graph.assemble import Span, assemble, trace_kinds
+from mmdit_deploy.graph.census import check_census
+from mmdit_deploy.graph.fuse import FUSE
+from mmdit_deploy.graph.lower import lower
+from mmdit_deploy.graph.passes import PassResult, run
+from mmdit_deploy.model import calls
+from mmdit_deploy.spec import ModelSpec, Precision
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """The standard graph and its dialects, and what was done to get there.
+
+    Args:
+        standard: opset 23, local functions, weights by reference.
+        lowered: by dialect.
+        census: attentions, norms and GELUs of the standard graph, as the spec implies them.
+        passes: by graph (``standard`` or the dialect): each pass and how often it fired.
+        kinds: the functions traced.
+        seconds: wall time by stage: trace, assemble, fuse, lower.
+    """
+
+    standard: onnx.ModelProto
+    lowered: Mapping[str, onnx.ModelProto]
+    census: Mapping[str, int]
+    passes: Mapping[str, tuple[PassResult, ...]]
+    kinds: tuple[str, ...]
+    seconds: Mapping[str, float]
+
+
+def build_graphs(
+    spec: ModelSpec,
+    contract: Contract,
+    precision: Precision,
+    layout: Layout,
+    *,
+    dialects: Sequence[str],
+    outputs: Sequence[str] = (),
+    location: str = "weights.safetensors",
+) -> Graphs:
+    """Build a bundle's graphs.
+
+    Args:
+        layout: where each canonical tensor will lie in the weights file.
+        dialects: which lowered graphs to make, by name in `mmdit_deploy.graph.lower.DIALECTS`.
+        outputs: names of block outputs to expose, e.g. ``blocks.12``.
+        location: the weights file's name, beside the graphs.
+
+    Raises:
+        GraphError: a fusion that should fire did not, or a pass failed.
+    """
+    dtype = getattr(torch, precision.dtype)
+    chain = calls(spec, outputs)
+    clock = [time.perf_counter()]
+
+    functions = trace_kinds(chain, dtype)
+    clock.append(time.perf_counter())
+    model = assemble(spec.name, chain, functions, contract, _spans(spec, layout), dtype, location=location)
+    clock.append(time.perf_counter())
+    passes = {"standard": run(model, FUSE)}
+    census = check_census(model, spec)
+    clock.append(time.perf_counter())
+    lowered = {}
+    for dialect in dialects:
+        lowered[dialect], passes[dialect] = lower(model, dialect)
+    standard = ir.to_proto(model)
+    protos = {dialect: ir.to_proto(graph) for dialect, graph in lowered.items()}
+    clock.append(time.perf_counter())
+
+    stages = ("trace", "assemble", "fuse", "lower")
+    seconds = {stage: end - start for stage, start, end in zip(stages, clock, clock[1:], strict=False)}
+    return Graphs(standard, protos, census, passes, tuple(functions), seconds)
+
+
+def _spans(spec: ModelSpec, layout: Layout) -> dict[str, Span]:
+    """Each parameter's bytes: its parts lie next to each other, so it is one span."""
+    spans = {}
+    for parameter in parameters(spec):
+        parts = [layout.tensors[p.key] for p in parameter.parts]
+        for before, after in zip(parts, parts[1:], strict=False):
+            if before.offset + before.nbytes != after.offset:
+                raise ValueError(f"{before.key} and {after.key} are one parameter, but are not adjacent in the file")
+        spans[parameter.path] = Span(parameter.shape, parts[0].offset, sum(p.nbytes for p in parts))
+    return spans

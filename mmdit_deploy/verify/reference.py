@@ -1,0 +1,106 @@
+"""`reference.safetensors`: what the eager fp32 model computed, kept so that a bundle can be verified anywhere.
+
+It holds the inputs of each case, the final output whole, and of every other call's outputs a digest: elements at
+evenly spaced places. A few hundred kB stand for gigabytes of activations, and an error in a block moves its digest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mmdit_deploy.checkpoint import SafetensorsFile, WrittenFile, plan_layout, write_safetensors
+from mmdit_deploy.errors import BundleError
+from mmdit_deploy.verify.records import Case
+
+DIGEST_SIZE = 256  # elements per tensor: the norm of an error is then known to about 6 %
+MAX_BYTES = 16 * 2**20
+FILE_NAME = "reference.safetensors"
+
+
+def pick(tensor: Tensor) -> Tensor:
+    """The elements that a digest keeps: evenly spaced over the flattened tensor, in fp32.
+
+    The step is made odd and coprime to the usual widths, so that all channels and tokens take part.
+    """
+    flat = tensor.flatten()
+    step = max(1, flat.numel() // DIGEST_SIZE) | 1
+    return flat[torch.arange(DIGEST_SIZE) * step % flat.numel()].float()
+
+
+class ReferenceRecorder:
+    """Collects what goes into the file while the eager model runs."""
+
+    def __init__(self, cases: Sequence[Case]):
+        self._cases = tuple(cases)
+        self._tensors: dict[str, Tensor] = {}
+        self._inputs: list[dict[str, str]] = []  # by case: input name → key
+
+    def inputs(self, values: Sequence[Mapping[str, Tensor]]) -> None:
+        """Keep the inputs of every case; equal tensors of different cases are kept once."""
+        for i, tensors in enumerate(values):
+            keys = {}
+            for name, tensor in tensors.items():
+                same = (k for k, t in self._tensors.items() if t.dtype == tensor.dtype and torch.equal(t, tensor))
+                keys[name] = next(same, f"case.{i}.input.{name}")
+                self._tensors[keys[name]] = tensor
+            self._inputs.append(keys)
+
+    def outputs(self, case: int, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+        """Keep one call's outputs for one case."""
+        for name, tensor in zip(names, tensors, strict=True):
+            whole = name == "sample"
+            self._tensors[f"case.{case}.{name}"] = tensor.float() if whole else pick(tensor)
+
+    def write(self, directory: Path) -> WrittenFile:
+        """Write the file into a bundle's directory."""
+        metadata = {
+            "cases": json.dumps([dataclasses.asdict(c) for c in self._cases]),
+            "inputs": json.dumps(self._inputs),
+        }
+        # Wide types first, so that every tensor is aligned.
+        items = sorted(self._tensors.items(), key=lambda kv: -kv[1].dtype.itemsize)
+        layout = plan_layout([(key, t.dtype, tuple(t.shape)) for key, t in items], metadata)
+        if layout.total_bytes > MAX_BYTES:
+            raise BundleError(
+                f"{FILE_NAME} takes at most {MAX_BYTES} bytes",
+                received=f"{layout.total_bytes} bytes for {len(self._cases)} cases",
+                fix="verify fewer or smaller shapes at export, and the rest with mmdit-verify --thorough",
+            )
+        return write_safetensors(directory / FILE_NAME, layout, items)
+
+
+class Reference:
+    """An open `reference.safetensors`."""
+
+    def __init__(self, path: Path):
+        self._file = SafetensorsFile(path)
+        try:
+            self.cases = tuple(Case(**c) for c in json.loads(self._file.metadata["cases"]))
+            self._inputs: list[dict[str, str]] = json.loads(self._file.metadata["inputs"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise BundleError(
+                f"{FILE_NAME} lists its cases and their inputs in the header", received=repr(error), fix="export the bundle again"
+            ) from error
+
+    def inputs(self, case: int) -> dict[str, Tensor]:
+        """The inputs of a case by name, in the contract's dtypes."""
+        return {name: self._read(key) for name, key in self._inputs[case].items()}
+
+    def sample(self, case: int) -> Tensor:
+        """The eager model's final output, fp32 [batch, img_tokens, C_out]."""
+        return self._read(f"case.{case}.sample")
+
+    def digest(self, case: int, name: str) -> Tensor:
+        """What was kept of one value: fp32 [DIGEST_SIZE]."""
+        return self._read(f"case.{case}.{name}")
+
+    def _read(self, key: str) -> Tensor:
+        if key not in self._file.tensors:
+            raise BundleError(f"{FILE_NAME} holds {key}", received="it is not there", fix="export the bundle again")
+        return self._file.read(key)

@@ -1,0 +1,141 @@
+"""Parity, call by call, in the memory of one block: the first block out of tolerance is known by name.
+
+For each call and case: the *local* error (the engine and the eager call on equal inputs) and the *cumulative* error
+(each side fed by its own chain). The tolerance binds local errors and the final output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mmdit_deploy.contract import Contract
+from mmdit_deploy.model import Call
+from mmdit_deploy.verify.cases import case_inputs
+from mmdit_deploy.verify.chains import EagerCalls, EngineCalls, Values
+from mmdit_deploy.verify.metrics import compare, within
+from mmdit_deploy.verify.records import Case, Check, Errors, Level
+from mmdit_deploy.verify.reference import Reference, ReferenceRecorder, pick
+from mmdit_deploy.verify.tolerances import Tolerance
+
+Progress = Callable[[str, int, int], None]
+
+
+def stream_parity(
+    calls: Sequence[Call],
+    contract: Contract,
+    eager: EagerCalls,
+    engine: EngineCalls,
+    cases: Sequence[Case],
+    tolerance: Tolerance,
+    *,
+    record: ReferenceRecorder | None = None,
+    progress: Progress | None = None,
+) -> tuple[list[Check], list[Tensor]]:
+    """Compare the engine with the eager model in lockstep.
+
+    Args:
+        calls: the model's, in order.
+        contract: of the engine: its compute type is what inputs are rounded to.
+        record: keeps what the eager model computes, so that a later run needs no checkpoint.
+        progress: called with the call's name, its index and the number of calls.
+
+    Returns:
+        The checks in the order of the model, and the eager model's ``sample`` for each case.
+    """
+    compute = getattr(torch, contract.outputs[0].dtype)
+    theirs: list[Values] = [case_inputs(case, contract) for case in cases]
+    ours: list[Values] = [dict(values) for values in theirs]
+    if record is not None:
+        record.inputs(theirs)
+    last_use = _last_uses(calls)
+    checks: list[Check] = []
+    for index, call in enumerate(calls):
+        if progress is not None:
+            progress(call.path, index, len(calls))
+        eager_call, engine_call = eager.load(call), engine.load(call)
+        for i, case in enumerate(cases):
+            exact = [theirs[i][name] for name in call.inputs]
+            expected = eager_call(exact)
+            rounded = [t.to(compute) if spec.dtype == "compute" else t for t, spec in zip(exact, call.kind.inputs, strict=True)]
+            # In fp32 the rounded inputs are the exact ones, and one eager run serves both comparisons.
+            reference = expected if compute == torch.float32 else eager_call(rounded)
+            checks.append(_check(call, "local", case, engine_call(rounded), reference, tolerance))
+            chained = engine_call([ours[i][name] for name in call.inputs])
+            level: Level = "output" if call is calls[-1] else "cumulative"
+            checks.append(_check(call, level, case, chained, expected, tolerance))
+            theirs[i].update(zip(call.outputs, expected, strict=True))
+            ours[i].update(zip(call.outputs, chained, strict=True))
+            if record is not None:
+                record.outputs(i, call.outputs, expected)
+            for values in (theirs[i], ours[i]):
+                for name in last_use[index]:
+                    del values[name]
+        del eager_call, engine_call  # the next call's weights replace these
+    return checks, [values["sample"] for values in theirs]
+
+
+def replay_parity(
+    calls: Sequence[Call],
+    contract: Contract,
+    engine: EngineCalls,
+    reference: Reference,
+    tolerance: Tolerance,
+    *,
+    progress: Progress | None = None,
+) -> list[Check]:
+    """Compare the engine's own chain with what was recorded of the eager model: no checkpoint needed.
+
+    Errors by call are cumulative and taken over the recorded elements; the final output is compared whole.
+    """
+    values = [dict(reference.inputs(i)) for i in range(len(reference.cases))]
+    last_use = _last_uses(calls)
+    checks: list[Check] = []
+    for index, call in enumerate(calls):
+        if progress is not None:
+            progress(call.path, index, len(calls))
+        engine_call = engine.load(call)
+        for i, case in enumerate(reference.cases):
+            out = engine_call([values[i][name] for name in call.inputs])
+            values[i].update(zip(call.outputs, out, strict=True))
+            if call is calls[-1]:
+                checks.append(_check(call, "output", case, out, (reference.sample(i),), tolerance))
+            else:
+                pairs = [(pick(t), reference.digest(i, name)) for name, t in zip(call.outputs, out, strict=True)]
+                checks.append(_check(call, "cumulative", case, [p[0] for p in pairs], [p[1] for p in pairs], tolerance))
+            for name in last_use[index]:
+                del values[i][name]
+        del engine_call
+    return checks
+
+
+def check_output(level: Level, case: Case, received: Tensor, expected: Tensor, tolerance: Tolerance) -> Check:
+    """Compare the final output of one run."""
+    errors = compare(received, expected)
+    return Check("sample", level, case, errors, binding=True, passed=within(errors, tolerance))
+
+
+def _check(
+    call: Call, level: Level, case: Case, received: Sequence[Tensor], expected: Sequence[Tensor], tolerance: Tolerance
+) -> Check:
+    """The worse of a call's outputs."""
+    errors = max((compare(r, e) for r, e in zip(received, expected, strict=True)), key=_badness)
+    binding = level != "cumulative"
+    passed = within(errors, tolerance) if binding else errors.nonfinite == 0
+    return Check("sample" if level == "output" else call.path, level, case, errors, binding, passed)
+
+
+def _badness(errors: Errors) -> tuple[int, float]:
+    return errors.nonfinite, errors.rel_l2
+
+
+def _last_uses(calls: Sequence[Call]) -> list[list[str]]:
+    """By call, the values that no later call reads; what the graph returns is kept."""
+    last: dict[str, int] = {}
+    for index, call in enumerate(calls):
+        for name in (*call.inputs, *call.outputs):
+            last[name] = index
+    last.pop("sample")
+    return [[name for name, at in last.items() if at == index] for index in range(len(calls))]
