@@ -55,7 +55,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def _badness(check: Check) -> tuple[bool, float, bool]:
-    """A sort key by rel-L2: non-finite is worse than any figure; of equals, what is out of tolerance is worse."""
+    """A sort key by rel-L2: non-finite is worse than any figure; of equals, what is out is worse."""
     return (check.errors.nonfinite > 0, _nan_is_worst(check.errors.rel_l2), not check.passed)
 
 

@@ -25,7 +25,7 @@ def default_cases(contract: Contract, *, thorough: bool = False) -> tuple[Case, 
         ranges = contract.ranges
         fitted = (
             ranges["batch"].clamp(batch),
-            *_fit_grid(rows, cols, ranges["img_tokens"].min, ranges["img_tokens"].max),
+            *fit_grid(rows, cols, ranges["img_tokens"].min, ranges["img_tokens"].max),
             ranges["txt_tokens"].clamp(txt_tokens),
         )
         if fitted not in shapes:
@@ -54,7 +54,7 @@ def case_inputs(case: Case, contract: Contract) -> dict[str, Tensor]:
     return inputs
 
 
-def _fit_grid(rows: int, cols: int, least: int, most: int) -> tuple[int, int]:
+def fit_grid(rows: int, cols: int, least: int, most: int) -> tuple[int, int]:
     """The grid nearest to rows × cols, of the same aspect, whose tokens lie in the range."""
     if least <= rows * cols <= most:
         return rows, cols

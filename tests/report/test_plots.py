@@ -17,6 +17,10 @@ def dots(svg: ET.Element) -> list[ET.Element]:
     return [element for element in svg.iter() if element is not svg and element.find("title") is not None]
 
 
+def hover(dot: ET.Element) -> str:
+    return dot.findtext("title") or ""
+
+
 def words(svg: ET.Element) -> list[str]:
     return [text.text or "" for text in svg.iter("text")]
 
@@ -37,11 +41,8 @@ def test_each_case_has_a_dot_and_the_line_goes_through_the_worst(make_verdict: M
 def test_a_worse_block_is_drawn_higher(make_verdict: MakeVerdict) -> None:
     svg = ET.fromstring(block_plot(make_verdict(3, rel_l2={"blocks.1": 0.1})))
 
-    heights = {
-        dot.findtext("title").split()[0]: float(dot.get("cy"))
-        for dot in svg.iter("circle")
-        if dot.get("cy") and dot.find("title") is not None
-    }
+    # Of each block's cases, all equal, the last local one stands for it; cumulative errors are no circles.
+    heights = {hover(dot).split()[0]: float(dot.attrib["cy"]) for dot in dots(svg) if dot.tag == "circle"}
     assert heights["blocks.1"] < heights["blocks.0"] == heights["blocks.2"]
     assert "first out: blocks.1" in words(svg)
 
@@ -51,8 +52,8 @@ def test_a_nonfinite_block_is_marked_and_breaks_the_line(make_verdict: MakeVerdi
     svg = ET.fromstring(block_plot(make_verdict(7, rel_l2={("local", "blocks.3"): value})))
 
     assert "NaN, Inf" in words(svg)
-    local = [dot for dot in dots(svg) if "blocks.3 local" in dot.findtext("title")]
-    assert len(local) == 3 and all("cross" in dot.get("class") for dot in local)
+    local = [dot for dot in dots(svg) if "blocks.3 local" in hover(dot)]
+    assert len(local) == 3 and all("cross" in dot.attrib["class"] for dot in local)
     assert sorted(len(numbers(line)) // 2 for line in svg.iter("polyline")) == [3, 3, 7]
 
 

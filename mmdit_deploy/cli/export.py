@@ -1,0 +1,159 @@
+"""`mmdit-export`: from a checkpoint, a preset or a depth to a verified bundle."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmdit_deploy.cli.terminal import emit, run_command
+from mmdit_deploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from mmdit_deploy.checkpoint.weights import WeightSource
+    from mmdit_deploy.export import ExportRequest
+    from mmdit_deploy.recipes import Recipe
+    from mmdit_deploy.spec import ModelSpec
+
+PRECISIONS = ("fp32", "fp16", "bf16")
+AXES = ("batch", "img_tokens", "txt_tokens")
+DEFAULT_TARGETS = ("ort-cpu",)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    p = argparse.ArgumentParser(
+        prog="mmdit-export",
+        description="Export an MMDiT (Stable Diffusion 3 / 3.5) to a bundle: ONNX graphs, weights, engines, and the "
+        "proof that they compute the PyTorch model.",
+        epilog="examples: mmdit-export --depth 24 --fp16   |   mmdit-export path/to/checkpoint --bf16",
+    )
+    p.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="a diffusers folder; without it, weights are random")
+    model = p.add_mutually_exclusive_group()
+    model.add_argument("--preset", metavar="NAME", help="architecture by name: sd3-medium, sd3.5-medium, sd3.5-large")
+    model.add_argument("--depth", metavar="N", help="the SD3 paper's scaling: width 64·N, N heads, N blocks (1 to 128)")
+    model.add_argument("--recipe", metavar="NAME|FILE", help="what to export as data: a shipped recipe or a TOML file")
+    precision = p.add_mutually_exclusive_group()
+    for name in PRECISIONS:
+        help_text = f"compute in {name}" + (" (the default)" if name == "fp16" else "")
+        precision.add_argument(f"--{name}", dest="precision", action="store_const", const=name, help=help_text)
+    p.add_argument("--target", action="append", metavar="TARGET", help="engine to build: ort-cpu (the default), ort-cuda; may repeat")
+    p.add_argument("--batch", metavar="MIN:OPT:MAX", help="range of the batch axis (default 1:2:4)")
+    p.add_argument("--img-tokens", metavar="MIN:OPT:MAX", help="range of image tokens (default 256:4096:16384)")
+    p.add_argument("--txt-tokens", metavar="MIN:OPT:MAX", help="range of text tokens (default 2:333:512)")
+    p.add_argument("--outputs", action="append", metavar="NAME", help="also return a block's image tokens, e.g. blocks.12; may repeat")
+    p.add_argument("-o", "--out", type=Path, metavar="DIR", help="the bundle (default dist/<name>-<precision>)")
+    p.add_argument("--force", action="store_true", help="replace an existing bundle, whole")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="seed of random weights (default 0)")
+    p.add_argument("--no-verify", dest="verify", action="store_false", help="do not compare with the eager model")
+    p.add_argument("--thorough", action="store_true", help="verify more and larger shapes")
+    stop = p.add_mutually_exclusive_group()
+    stop.add_argument("--dry-run", action="store_true", help="stop at the preflight: check everything, write nothing")
+    stop.add_argument("--graph-only", action="store_true", help="stop at the graph: write no weights")
+    p.add_argument("--json", action="store_true", help="one JSON document on standard output, text on standard error")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    return run_command(parser(), _work, argv)
+
+
+def _work(args: argparse.Namespace) -> int:
+    request = _request(args)
+    from mmdit_deploy.export import export, preflight
+
+    needs = preflight(request)
+    plan = {
+        "parameters": needs.parameters,
+        "weights_bytes": needs.weights_bytes,
+        "disk_bytes": needs.disk_bytes,
+        "weights": request.source.description,
+        "bundle": str(request.directory),
+        "spec": request.spec.to_json(),
+    }
+    summary = f"{request.spec.name} {request.precision.name}, weights {request.source.description}: {needs.text()}"
+    if args.dry_run:
+        emit(args, f"{summary}\ndry run: nothing was written", {"dry_run": True, **plan})
+        return 0
+    _log(summary)
+    result = export(request, _log)
+    data: dict[str, Any] = {
+        **plan,
+        "dry_run": False,
+        "seconds": dict(result.graphs.seconds),
+        "census": dict(result.graphs.census),
+        "verdicts": [verdict.to_json() for verdict in result.verdicts],
+    }
+    verified = "verified" if result.verdicts else "NOT verified"
+    emit(args, f"{result.path}: bundle written, {verified}", data)
+    return 0
+
+
+def _log(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _request(args: argparse.Namespace) -> ExportRequest:
+    from mmdit_deploy.contract import Range
+    from mmdit_deploy.export import ExportRequest
+    from mmdit_deploy.recipes import load_recipe
+    from mmdit_deploy.spec import precision
+
+    recipe = load_recipe(args.recipe) if args.recipe else None
+    spec, source = _model(args, recipe)
+    ranges = dict(recipe.ranges) if recipe else {}
+    ranges.update({axis: Range.parse(axis, text) for axis in AXES if (text := getattr(args, axis)) is not None})
+    return ExportRequest(
+        spec=spec,
+        source=source,
+        precision=precision(args.precision or (recipe.precision if recipe else "fp16")),
+        targets=tuple(args.target or (recipe.targets if recipe else DEFAULT_TARGETS)),
+        out=args.out,
+        ranges=ranges,
+        outputs=tuple(args.outputs or ()),
+        recipe=args.recipe,
+        force=args.force,
+        verify=args.verify,
+        thorough=args.thorough,
+        graph_only=args.graph_only,
+    )
+
+
+def _model(args: argparse.Namespace, recipe: Recipe | None) -> tuple[ModelSpec, WeightSource]:
+    from mmdit_deploy.checkpoint.weights import RandomWeights, open_weights
+    from mmdit_deploy.spec import from_depth, preset
+
+    name = args.preset or (recipe.preset if recipe else None)
+    if args.checkpoint is not None:
+        if args.depth is not None:
+            raise UsageError(
+                "a checkpoint's own config says its depth",
+                received=f"CHECKPOINT and --depth {args.depth}",
+                fix="drop --depth, or drop the checkpoint to export random weights",
+            )
+        spec, source = open_weights(args.checkpoint)
+        if name is not None:
+            _check_same(spec, preset(name))
+        return spec, source
+    if args.depth is not None:
+        depth = int(args.depth) if args.depth.lstrip("-").isdecimal() else args.depth
+        return from_depth(depth), RandomWeights(args.seed)
+    if name is not None:
+        return preset(name), RandomWeights(args.seed)
+    raise UsageError(
+        "say what to export", received="no CHECKPOINT, --preset, --depth or --recipe", fix="e.g. mmdit-export --depth 24 --fp16"
+    )
+
+
+def _check_same(spec: ModelSpec, expected: ModelSpec) -> None:
+    """A checkpoint given together with a preset or recipe must be of that architecture."""
+    ours, theirs = spec.to_json(), expected.to_json()
+    differing = [k for k in ours if k not in ("name", "pos_table") and ours[k] != theirs[k]]
+    if differing:
+        raise UsageError(
+            f"the checkpoint must be a {expected.name}, as the recipe or preset says",
+            received=", ".join(f"{k} {ours[k]}, expected {theirs[k]}" for k in differing),
+            fix="export it without --recipe or --preset",
+        )

@@ -1,0 +1,174 @@
+"""Latency of a bundle's engines against the eager model and `torch.compile`, in one run."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from mmdit_deploy.build import execution_of
+from mmdit_deploy.bundle import Bundle, open_bundle
+from mmdit_deploy.checkpoint import SafetensorsFile
+from mmdit_deploy.checkpoint.keys import parameters
+from mmdit_deploy.checkpoint.weights import FileWeights, read_parameter
+from mmdit_deploy.errors import MachineError
+from mmdit_deploy.latency.timing import Run, Timing, time_interleaved
+from mmdit_deploy.model import MMDiT
+from mmdit_deploy.runtime import Engine, runnable_target
+from mmdit_deploy.verify.cases import case_inputs, fit_grid
+from mmdit_deploy.verify.records import Case
+
+
+@dataclass(frozen=True)
+class LatencyReport:
+    """What was timed, on what, and how it compares.
+
+    Args:
+        case: the input's sizes.
+        timings: engines first, then the rivals that ran.
+        not_run: rivals that could not run here, with the reason.
+        ratios: engine over rival, by ``engine / rival``; below 1 the engine is faster.
+        machine: CPU, GPU and versions.
+    """
+
+    bundle: str
+    precision: str
+    weights: str
+    case: Case
+    timings: tuple[Timing, ...]
+    not_run: dict[str, str]
+    ratios: dict[str, float]
+    machine: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def text(self) -> str:
+        lines = [f"{self.bundle} ({self.precision}, weights {self.weights}), {self.case}"]
+        lines += [f"  {t.name:14s} p50 {t.p50_ms:10.2f} ms   p90 {t.p90_ms:10.2f} ms   {t.how}" for t in self.timings]
+        lines += [f"  {name:14s} not run: {reason}" for name, reason in self.not_run.items()]
+        lines += [f"  {pair}: {ratio:.3f}" for pair, ratio in self.ratios.items()]
+        return "\n".join(lines)
+
+
+def bench_bundle(
+    path: str | Path,
+    targets: Sequence[str] = (),
+    *,
+    batch: int | None = None,
+    img_tokens: int | None = None,
+    txt_tokens: int | None = None,
+    rounds: int = 10,
+    warmup: int = 2,
+) -> LatencyReport:
+    """Time a bundle's engines, interleaved with the eager model and `torch.compile`.
+
+    Args:
+        targets: engines; by default what this machine can run.
+        batch, img_tokens, txt_tokens: sizes; by default the contract's optimum.
+
+    Raises:
+        MachineError: an engine cannot run here, or the eager model does not fit in memory.
+        ContractError: a size is out of range.
+    """
+    bundle = open_bundle(path)
+    names = tuple(targets) or (runnable_target(bundle),)
+    ranges = bundle.contract.ranges
+    tokens = img_tokens or ranges["img_tokens"].opt
+    side = max(1, round(tokens**0.5))
+    case = Case(
+        batch or ranges["batch"].opt, *fit_grid(side, side, tokens, tokens), txt_tokens or ranges["txt_tokens"].opt, 500.0
+    )
+    device = torch.device("cuda" if any(name == "ort-cuda" for name in names) else "cpu")
+    inputs = {name: t.to(device) for name, t in case_inputs(case, bundle.contract).items()}
+
+    rivals: dict[str, tuple[str, Run]] = {}
+    not_run: dict[str, str] = {}
+    for name in names:
+        engine = Engine(bundle, name)
+        rivals[name] = (execution_of(name, bundle.precision), lambda engine=engine: engine(inputs))
+    rivals["eager"], rivals["torch.compile"] = _torch_rivals(bundle, inputs, device, not_run)
+    rivals = {name: rival for name, rival in rivals.items() if name not in not_run}
+
+    timings = time_interleaved(rivals, device, rounds=rounds, warmup=warmup)
+    by_name = {t.name: t for t in timings}
+    ratios = {
+        f"{name} / {rival}": by_name[name].p50_ms / by_name[rival].p50_ms
+        for name in names
+        for rival in ("eager", "torch.compile")
+        if rival in by_name
+    }
+    return LatencyReport(
+        bundle.name,
+        bundle.precision.name,
+        bundle.manifest.fields["weights"]["origin"],
+        case,
+        timings,
+        not_run,
+        ratios,
+        _machine(device),
+    )
+
+
+def _torch_rivals(
+    bundle: Bundle, inputs: dict[str, Tensor], device: torch.device, not_run: dict[str, str]
+) -> tuple[tuple[str, Run], tuple[str, Run]]:
+    # PyTorch's 16-bit kernels on CPU are slower than fp32's on most machines: the fair rival there is fp32.
+    dtype = getattr(torch, bundle.precision.dtype) if device.type == "cuda" else torch.float32
+    model = _eager_model(bundle, dtype, device)
+    arguments = [t.to(dtype) if t.is_floating_point() and n not in _FP32 else t for n, t in inputs.items()]
+    how = f"PyTorch {torch.__version__}, {str(dtype).removeprefix('torch.')} on {device.type}"
+
+    def eager() -> object:
+        with torch.inference_mode():
+            return model(*arguments)
+
+    compiled_model = torch.compile(model)
+
+    def compiled() -> object:
+        with torch.inference_mode():
+            return compiled_model(*arguments)
+
+    try:
+        compiled()
+    except Exception as error:  # no compiler, or a backend that this machine lacks
+        not_run["torch.compile"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+    return (how, eager), (how, compiled)
+
+
+_FP32 = ("timestep", "img_ids")
+
+
+def _eager_model(bundle: Bundle, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The reference model with the bundle's own weights."""
+    table = parameters(bundle.spec)
+    needed = sum(p.numel for p in table) * dtype.itemsize
+    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > available:
+        raise MachineError(
+            "the eager rival needs its weights in memory",
+            received=f"{needed / 1e9:.1f} GB needed, {available / 1e9:.1f} GB available",
+            fix="run on a larger machine",
+        )
+    source = FileWeights(SafetensorsFile(bundle.file("weights.safetensors")), "bundle")
+    with torch.device("meta"):
+        model = MMDiT(bundle.spec)
+    state = {p.path: read_parameter(source, p, dtype).to(device) for p in table}
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.to(device).eval()
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    data: dict[str, Any] = {"system": f"{platform.system()} {platform.machine()}", "cores": psutil.cpu_count()}
+    if device.type == "cuda":
+        data["gpu"] = torch.cuda.get_device_name(device)
+        data["cuda"] = torch.version.cuda
+    data["torch"] = torch.__version__
+    return data

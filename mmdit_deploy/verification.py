@@ -1,0 +1,113 @@
+"""Verify a bundle on the disk: what `mmdit-verify` does, in one call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmdit_deploy.build import ORT_TARGETS
+from mmdit_deploy.bundle import Bundle, open_bundle
+from mmdit_deploy.checkpoint.weights import RandomWeights, WeightSource, open_weights
+from mmdit_deploy.errors import BundleError, MachineError, UsageError
+from mmdit_deploy.runtime import runnable_target
+from mmdit_deploy.verify import (
+    EngineUnderTest,
+    Reference,
+    Verdict,
+    default_cases,
+    verify_against_reference,
+    verify_against_weights,
+)
+from mmdit_deploy.verify.reference import FILE_NAME
+from mmdit_deploy.verify.streaming import Progress
+
+
+def verify_bundle(
+    path: str | Path,
+    *,
+    target: str = "auto",
+    checkpoint: str | Path | None = None,
+    full: bool = False,
+    thorough: bool = False,
+    progress: Progress | None = None,
+) -> Verdict:
+    """Compare a bundle's engine with the eager fp32 model.
+
+    Args:
+        target: the engine, e.g. ``ort-cpu``; ``auto`` takes what this machine can run.
+        checkpoint: what the bundle was made from: every block is compared on equal inputs.
+        full: the same for a bundle with random weights, which are made again from its seed.
+        thorough: more and larger shapes, with `checkpoint` or `full`.
+
+    Returns:
+        The verdict; without a checkpoint, against what was recorded at export.
+
+    Raises:
+        BundleError: the bundle is not whole, or has nothing to compare with.
+        UsageError: the checkpoint is another model's, or the options contradict each other.
+        MachineError: the engine cannot run here.
+    """
+    bundle = open_bundle(path)
+    engine = _engine(bundle, target)
+    if thorough and checkpoint is None and not full:
+        raise UsageError(
+            "--thorough needs the weights: reference.safetensors holds the shapes of the export only",
+            received="--thorough alone",
+            fix="add --checkpoint PATH, or --full for random weights",
+        )
+    if checkpoint is not None or full:
+        cases = default_cases(bundle.contract, thorough=thorough)
+        return verify_against_weights(engine, _source(bundle, checkpoint), cases, progress=progress)
+    if FILE_NAME not in bundle.manifest.files:
+        raise BundleError(
+            f"without a checkpoint, verification needs the bundle's {FILE_NAME}",
+            received="it was exported with --no-verify",
+            fix="add --checkpoint PATH (or --full for random weights), or export it again",
+        )
+    origin = bundle.manifest.fields["weights"]["origin"]
+    return verify_against_reference(engine, origin, Reference(bundle.file(FILE_NAME)), progress=progress)
+
+
+def _engine(bundle: Bundle, target: str) -> EngineUnderTest:
+    engines = bundle.manifest.fields["engines"]
+    if not engines:
+        raise BundleError(
+            "verification runs an engine", received="a bundle of graphs alone (--graph-only)", fix="export it without --graph-only"
+        )
+    name = runnable_target(bundle) if target == "auto" else target
+    if name not in engines:
+        if name not in ORT_TARGETS:
+            raise UsageError(f"an engine is one of {', '.join(engines)}", received=repr(name), fix="name one of them")
+        raise MachineError(
+            f"the bundle has engines for {', '.join(engines)}", received=name, fix=f"mmdit-export … --target {name}"
+        )
+    return EngineUnderTest(
+        bundle.name,
+        bundle.file(engines[name]["graph"]),
+        name,
+        bundle.spec,
+        bundle.contract,
+        bundle.precision,
+        tuple(bundle.manifest.fields["outputs"]),
+    )
+
+
+def _source(bundle: Bundle, checkpoint: str | Path | None) -> WeightSource:
+    weights = bundle.manifest.fields["weights"]
+    if checkpoint is None:
+        if not weights["random"]:
+            raise UsageError(
+                "--full makes random weights again from the bundle's seed",
+                received=f"weights from {weights['origin']}",
+                fix="--checkpoint PATH",
+            )
+        return RandomWeights(weights["seed"])
+    spec, source = open_weights(checkpoint)
+    ours, theirs = ({**s.to_json(), "name": ""} for s in (bundle.spec, spec))
+    differing = [key for key in ours if ours[key] != theirs[key]]
+    if differing:
+        raise UsageError(
+            "the checkpoint must be the one that the bundle was made from",
+            received=", ".join(f"{key} {theirs[key]}, the bundle has {ours[key]}" for key in differing),
+            fix="pass that checkpoint",
+        )
+    return source
