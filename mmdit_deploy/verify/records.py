@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,6 +43,12 @@ class Errors:
     rel_l2: float
     max_abs: float
     nonfinite: int = 0
+
+    @property
+    def badness(self) -> tuple[bool, float]:
+        """Orders errors: NaN is worse than any figure."""
+        undefined = self.nonfinite > 0 or math.isnan(self.rel_l2)
+        return undefined, 0.0 if undefined else self.rel_l2
 
 
 @dataclass(frozen=True)
@@ -107,11 +114,11 @@ class Verdict:
     def worst(self, level: Level) -> Check | None:
         """The check with the largest error at a level; non-finite is worse than any figure."""
         at_level = [c for c in self.checks if c.level == level]
-        return max(at_level, key=lambda c: (c.errors.nonfinite, c.errors.rel_l2), default=None)
+        return max(at_level, key=lambda c: c.errors.badness, default=None)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-ready, with `passed` included; NaN becomes None."""
+        """JSON-ready, with `passed` included; NaN and infinity become None."""
         data = dataclasses.asdict(self)
         for check in data["checks"]:
-            check["errors"] = {k: None if v != v else v for k, v in check["errors"].items()}
+            check["errors"] = {k: v if math.isfinite(v) else None for k, v in check["errors"].items()}
         return {"passed": self.passed, **data}

@@ -16,7 +16,7 @@ from mmdit_deploy.model import Call
 from mmdit_deploy.verify.cases import case_inputs
 from mmdit_deploy.verify.chains import EagerCalls, EngineCalls, Values
 from mmdit_deploy.verify.metrics import compare, within
-from mmdit_deploy.verify.records import Case, Check, Errors, Level
+from mmdit_deploy.verify.records import Case, Check, Level
 from mmdit_deploy.verify.reference import Reference, ReferenceRecorder, pick
 from mmdit_deploy.verify.tolerances import Tolerance
 
@@ -121,14 +121,10 @@ def _check(
     call: Call, level: Level, case: Case, received: Sequence[Tensor], expected: Sequence[Tensor], tolerance: Tolerance
 ) -> Check:
     """The worse of a call's outputs."""
-    errors = max((compare(r, e) for r, e in zip(received, expected, strict=True)), key=_badness)
+    errors = max((compare(r, e) for r, e in zip(received, expected, strict=True)), key=lambda e: e.badness)
     binding = level != "cumulative"
     passed = within(errors, tolerance) if binding else errors.nonfinite == 0
     return Check("sample" if level == "output" else call.path, level, case, errors, binding, passed)
-
-
-def _badness(errors: Errors) -> tuple[int, float]:
-    return errors.nonfinite, errors.rel_l2
 
 
 def _last_uses(calls: Sequence[Call]) -> list[list[str]]:

@@ -1,0 +1,1 @@
+"""The commands. Each parses and prints; one library call does the work."""

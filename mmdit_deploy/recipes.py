@@ -1,0 +1,153 @@
+"""Recipes: what to export, as data. One TOML file per model and precision; the shipped ones lie in ``export/``."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmdit_deploy.contract import AXES, Range
+from mmdit_deploy.errors import UsageError
+from mmdit_deploy.spec import precision, preset
+
+_SUFFIX = ".toml"
+_MAX_BYTES = 2**20  # a recipe takes some hundred bytes
+_PACKAGE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to export.
+
+    Args:
+        name: the file's name without its suffix, e.g. ``sd3-medium-fp16``.
+        description: what it is for, in a line.
+        preset: the architecture, as `mmdit_deploy.spec.preset` knows it.
+        precision: the compute type, as `mmdit_deploy.spec.precision` knows it.
+        targets: engines to build, e.g. ``("ort-cpu",)``; empty for the defaults of the machine.
+        ranges: by axis; the contract's defaults where not given.
+    """
+
+    name: str
+    description: str
+    preset: str
+    precision: str
+    targets: tuple[str, ...] = ()
+    ranges: Mapping[str, Range] = field(default_factory=dict)
+
+
+def recipe_names() -> tuple[str, ...]:
+    """The shipped recipes, sorted."""
+    return tuple(sorted(path.stem for path in _folder().glob(f"*{_SUFFIX}")))
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        name_or_path: a shipped recipe's name, or a file that ends in ``.toml``.
+
+    Returns:
+        The recipe; its preset and precision exist, its ranges are ordered.
+
+    Raises:
+        UsageError: there is no such recipe, it is not TOML, or a key or value is not one that recipes have.
+    """
+    path = Path(name_or_path)
+    if path.suffix != _SUFFIX:
+        if str(name_or_path) not in recipe_names():
+            raise UsageError(
+                "a recipe is a file that ends in .toml, or a shipped one",
+                received=repr(str(name_or_path)),
+                fix=f"name one of {', '.join(recipe_names())}",
+            )
+        path = _folder() / f"{name_or_path}{_SUFFIX}"
+    return _recipe(path, _read(path))
+
+
+def _folder() -> Path:
+    """Where the shipped recipes lie: in the package when installed, beside it in a checkout of the sources."""
+    installed = _PACKAGE / "recipes"
+    return installed if installed.is_dir() else _PACKAGE.parent / "export"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise UsageError(
+            "a recipe must be a readable file",
+            received=f"{path} ({error.strerror})",
+            fix=f"check the path, or name one of {', '.join(recipe_names())}",
+        ) from error
+    if len(content) > _MAX_BYTES:
+        raise UsageError(
+            f"a recipe has at most {_MAX_BYTES} bytes", received=f"{path}, which has more", fix="is it the right file?"
+        )
+    try:
+        return tomllib.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # TOML's and UTF-8's errors are ValueErrors
+        raise UsageError(
+            f"{path} must be a TOML file", received=f"{type(error).__name__}: {error}", fix="see export/ for examples"
+        ) from error
+
+
+def _recipe(path: Path, data: Mapping[str, Any]) -> Recipe:
+    unknown, missing = sorted(set(data) - set(_FIELDS)), sorted(_REQUIRED - set(data))
+    if unknown or missing:
+        raise UsageError(
+            f"the keys of {path} are {', '.join(_FIELDS)}",
+            received="; ".join(f"{what} {ascii(keys)}" for what, keys in (("unknown", unknown), ("missing", missing)) if keys),
+            fix=f"the first three are required; --recipe {recipe_names()[0]} is an example" if recipe_names() else None,
+        )
+    return Recipe(path.stem, **{key: read(data[key], f"{key} in {path}") for key, read in _FIELDS.items() if key in data})
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise _wrong(where, "text", value, '"…"')
+    return value
+
+
+def _preset(value: Any, where: str) -> str:
+    return preset(_text(value, where)).name
+
+
+def _precision(value: Any, where: str) -> str:
+    return precision(_text(value, where)).name
+
+
+def _targets(value: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value or not all(isinstance(target, str) and target for target in value):
+        raise _wrong(where, "a list of targets", value, '["ort-cpu"]')
+    return tuple(value)
+
+
+def _ranges(value: Any, where: str) -> dict[str, Range]:
+    if not isinstance(value, dict):
+        raise _wrong(where, "a table of ranges", value, 'batch = "1:2:4" under [ranges]')
+    unknown = sorted(set(value) - set(AXES))
+    if unknown:
+        raise UsageError(f"the axes of {where} are {', '.join(AXES)}", received=ascii(unknown), fix="name one of them")
+    for axis, text in value.items():
+        if not isinstance(text, str):
+            raise _wrong(f"{axis} of {where}", "a range MIN:OPT:MAX", text, '"1:2:4"')
+    return {axis: Range.parse(axis, text) for axis, text in value.items()}
+
+
+def _wrong(where: str, expected: str, received: object, example: str) -> UsageError:
+    return UsageError(f"{where} must be {expected}", received=ascii(received)[:120], fix=f"e.g. {example}")
+
+
+# What a recipe may say, in the order of `Recipe`, and how each is read.
+_FIELDS: Mapping[str, Callable[[Any, str], Any]] = {
+    "description": _text,
+    "preset": _preset,
+    "precision": _precision,
+    "targets": _targets,
+    "ranges": _ranges,
+}
+_REQUIRED = {"description", "preset", "precision"}
