@@ -32,7 +32,16 @@ from mmdit_deploy.verify import (
 
 WEIGHTS = "weights.safetensors"
 STANDARD = "model.onnx"
-VERSIONED = ("mmdit-deploy", "torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy", "safetensors")
+VERSIONED = (
+    "mmdit-deploy",
+    "torch",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "numpy",
+    "safetensors",
+)
 
 Log = Callable[[str], None]
 
@@ -141,7 +150,12 @@ def export(request: ExportRequest, log: Log = lambda _: None) -> ExportResult:
         log(f"weights: {request.source.description} — no checkpoint was given")
     with staged_bundle(request.directory, force=request.force) as folder:
         graphs = build_graphs(
-            spec, contract, precision, layout, dialects=tuple(dict.fromkeys(dialects.values())), outputs=request.outputs
+            spec,
+            contract,
+            precision,
+            layout,
+            dialects=tuple(dict.fromkeys(dialects.values())),
+            outputs=request.outputs,
         )
         onnx.save(graphs.standard, folder / STANDARD)
         for dialect, proto in graphs.lowered.items():

@@ -1,4 +1,4 @@
-"""Recipes: what to export, as data. One TOML file per model and precision; the shipped ones lie in ``export/``."""
+"""Recipes: what to export, as data. One TOML file per model and precision; ours lie in ``export/``."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 
 
 def _folder() -> Path:
-    """Where the shipped recipes lie: in the package when installed, beside it in a checkout of the sources."""
+    """Where the shipped recipes lie: in the package when installed, beside it in a checkout."""
     installed = _PACKAGE / "recipes"
     return installed if installed.is_dir() else _PACKAGE.parent / "export"
 
@@ -85,13 +85,17 @@ def _read(path: Path) -> dict[str, Any]:
         ) from error
     if len(content) > _MAX_BYTES:
         raise UsageError(
-            f"a recipe has at most {_MAX_BYTES} bytes", received=f"{path}, which has more", fix="is it the right file?"
+            f"a recipe has at most {_MAX_BYTES} bytes",
+            received=f"{path}, which has more",
+            fix="check that it is the right file",
         )
     try:
         return tomllib.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # TOML's and UTF-8's errors are ValueErrors
         raise UsageError(
-            f"{path} must be a TOML file", received=f"{type(error).__name__}: {error}", fix="see export/ for examples"
+            f"{path} must be a TOML file",
+            received=f"{type(error).__name__}: {error}",
+            fix="the shipped recipes are examples: " + ", ".join(recipe_names()),
         ) from error
 
 
@@ -100,10 +104,11 @@ def _recipe(path: Path, data: Mapping[str, Any]) -> Recipe:
     if unknown or missing:
         raise UsageError(
             f"the keys of {path} are {', '.join(_FIELDS)}",
-            received="; ".join(f"{what} {ascii(keys)}" for what, keys in (("unknown", unknown), ("missing", missing)) if keys),
-            fix=f"the first three are required; --recipe {recipe_names()[0]} is an example" if recipe_names() else None,
+            received=f"unknown {unknown!a}, missing {missing!a}",
+            fix=f"correct them; required are {', '.join(sorted(_REQUIRED))}",
         )
-    return Recipe(path.stem, **{key: read(data[key], f"{key} in {path}") for key, read in _FIELDS.items() if key in data})
+    values = {key: read(data[key], f"{key} in {path}") for key, read in _FIELDS.items() if key in data}
+    return Recipe(path.stem, **values)
 
 
 def _text(value: Any, where: str) -> str:
@@ -121,7 +126,7 @@ def _precision(value: Any, where: str) -> str:
 
 
 def _targets(value: Any, where: str) -> tuple[str, ...]:
-    if not isinstance(value, list) or not value or not all(isinstance(target, str) and target for target in value):
+    if not isinstance(value, list) or not value or not all(isinstance(t, str) and t for t in value):
         raise _wrong(where, "a list of targets", value, '["ort-cpu"]')
     return tuple(value)
 
@@ -131,7 +136,7 @@ def _ranges(value: Any, where: str) -> dict[str, Range]:
         raise _wrong(where, "a table of ranges", value, 'batch = "1:2:4" under [ranges]')
     unknown = sorted(set(value) - set(AXES))
     if unknown:
-        raise UsageError(f"the axes of {where} are {', '.join(AXES)}", received=ascii(unknown), fix="name one of them")
+        raise UsageError(f"the axes of {where} are {', '.join(AXES)}", received=ascii(unknown), fix="use these")
     for axis, text in value.items():
         if not isinstance(text, str):
             raise _wrong(f"{axis} of {where}", "a range MIN:OPT:MAX", text, '"1:2:4"')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from mmdit_deploy.build import ORT_TARGETS
@@ -28,6 +29,7 @@ def verify_bundle(
     checkpoint: str | Path | None = None,
     full: bool = False,
     thorough: bool = False,
+    whole: bool = True,
     progress: Progress | None = None,
 ) -> Verdict:
     """Compare a bundle's engine with the eager fp32 model.
@@ -37,6 +39,7 @@ def verify_bundle(
         checkpoint: what the bundle was made from: every block is compared on equal inputs.
         full: the same for a bundle with random weights, which are made again from its seed.
         thorough: more and larger shapes, with `checkpoint` or `full`.
+        whole: also run the whole engine in one session, where memory allows; without, one block is in memory.
 
     Returns:
         The verdict; without a checkpoint, against what was recorded at export.
@@ -47,7 +50,7 @@ def verify_bundle(
         MachineError: the engine cannot run here.
     """
     bundle = open_bundle(path)
-    engine = _engine(bundle, target)
+    engine = dataclasses.replace(_engine(bundle, target), whole=whole)
     if thorough and checkpoint is None and not full:
         raise UsageError(
             "--thorough needs the weights: reference.safetensors holds the shapes of the export only",
@@ -71,14 +74,20 @@ def _engine(bundle: Bundle, target: str) -> EngineUnderTest:
     engines = bundle.manifest.fields["engines"]
     if not engines:
         raise BundleError(
-            "verification runs an engine", received="a bundle of graphs alone (--graph-only)", fix="export it without --graph-only"
+            "verification runs an engine",
+            received="a bundle of graphs alone (--graph-only)",
+            fix="export it without --graph-only",
         )
     name = runnable_target(bundle) if target == "auto" else target
     if name not in engines:
         if name not in ORT_TARGETS:
-            raise UsageError(f"an engine is one of {', '.join(engines)}", received=repr(name), fix="name one of them")
+            raise UsageError(
+                f"an engine is one of {', '.join(engines)}", received=repr(name), fix="name one of them"
+            )
         raise MachineError(
-            f"the bundle has engines for {', '.join(engines)}", received=name, fix=f"mmdit-export … --target {name}"
+            f"the bundle has engines for {', '.join(engines)}",
+            received=name,
+            fix=f"mmdit-export … --target {name}",
         )
     return EngineUnderTest(
         bundle.name,

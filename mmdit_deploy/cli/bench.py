@@ -21,9 +21,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=int, metavar="N", help="default: the contract's optimum")
     p.add_argument("--img-tokens", type=int, metavar="N", help="default: the contract's optimum")
     p.add_argument("--txt-tokens", type=int, metavar="N", help="default: the contract's optimum")
-    p.add_argument("--rounds", type=int, default=10, metavar="N", help="calls measured per rival (default 10)")
+    p.add_argument(
+        "--rounds", type=int, default=10, metavar="N", help="calls measured per rival (default 10)"
+    )
     p.add_argument("-o", "--out", type=Path, metavar="FILE", help="also write the JSON document to a file")
-    p.add_argument("--json", action="store_true", help="one JSON document on standard output, text on standard error")
+    p.add_argument(
+        "--json", action="store_true", help="one JSON document on standard output, text on standard error"
+    )
     return p
 
 
@@ -39,7 +43,9 @@ def _work(args: argparse.Namespace) -> int:
     for name in ("batch", "img_tokens", "txt_tokens", "rounds"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} is at least 1", received=str(value), fix="give a positive number")
+            raise UsageError(
+                f"--{name.replace('_', '-')} is at least 1", received=str(value), fix="give a positive number"
+            )
     report = bench_bundle(
         args.bundle,
         args.engine,

@@ -36,32 +36,6 @@ class _Terminated(KeyboardInterrupt):
         self.number = number
 
 
-def command_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """A parser with the flags of all commands: ``--json``, ``--debug``, ``--version``.
-
-    Args:
-        prog: the command's name.
-        description: what it does, in a sentence or two.
-    """
-    # An abbreviation in somebody's script would break, or change its meaning, with the next option.
-    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout; text goes to stderr")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument("--version", action=_Version, help="show the version and exit")
-    return parser
-
-
-class _Version(argparse.Action):
-    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any):
-        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, **kwargs)
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from mmdit_deploy import __version__
-
-        print(f"mmdit-deploy {__version__}")
-        parser.exit()
-
-
 def run_command(
     parser: argparse.ArgumentParser,
     work: Callable[[argparse.Namespace], int],
@@ -70,7 +44,8 @@ def run_command(
     """Parse the arguments, do the work, and turn whatever happens into an exit status.
 
     Args:
-        parser: of the command; from `command_parser`.
+        parser: of the command. The flags of all commands are added here, where it does not have them:
+            ``--json``, ``--debug``, ``--version``.
         work: does the command's work and returns its exit status.
         argv: the arguments; those of the process by default.
 
@@ -78,6 +53,7 @@ def run_command(
         0 done; 1 parity out of tolerance; 2 bad input or usage; 3 this machine cannot; 70 a bug of ours;
         130 interrupted, 141 nobody reads the output any more, 143 terminated.
     """
+    _add_common_flags(parser)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal without "×" is no reason to fail
@@ -95,8 +71,9 @@ def run_command(
         return _BY_SIGNAL + signal.SIGPIPE
     except KeyboardInterrupt as interrupt:
         number = interrupt.number if isinstance(interrupt, _Terminated) else signal.SIGINT
-        _print_error(args, "interrupted; nothing was left behind", kind="Interrupted", status=_BY_SIGNAL + number)
-        return _BY_SIGNAL + number
+        status = _BY_SIGNAL + number
+        _print_error(args, "interrupted; nothing was left behind", kind="Interrupted", status=status)
+        return status
     except Exception as error:
         known = _as_known(error)
         if known is None:
@@ -106,8 +83,9 @@ def run_command(
             return BUG
         if getattr(args, "debug", False):
             traceback.print_exc()
-        _print_error(args, f"{parser.prog}: {known}", kind=type(known).__name__, status=known.exit_status, error=known)
-        return known.exit_status
+        status = known.exit_status
+        _print_error(args, f"{parser.prog}: {known}", kind=type(known).__name__, status=status, error=known)
+        return status
 
 
 def emit(args: argparse.Namespace, text: str, data: dict[str, Any]) -> None:
@@ -127,17 +105,47 @@ def emit(args: argparse.Namespace, text: str, data: dict[str, Any]) -> None:
 
 
 def table(rows: Sequence[Sequence[str]], *, indent: str = "  ") -> str:
-    """Rows in columns: the first column to the left, figures to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = (
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    )
-    return "\n".join(indent + line.rstrip() for line in lines)
+    """Rows in columns: text to the left, and columns of figures to the right, under a heading or not."""
+    columns = list(zip(*rows, strict=True))
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(max(map(len, column))) if _is_figures(column) else cell.ljust(max(map(len, column)))
+            for cell, column in zip(row, columns, strict=True)
+        ]
+        lines.append(indent + "  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _is_figures(column: Sequence[str]) -> bool:
+    return all(cell[:1].isdecimal() or not cell for cell in (column[1:] or column))
+
+
+class _Version(argparse.Action):
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any):
+        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, **kwargs)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from mmdit_deploy import __version__
+
+        print(f"mmdit-deploy {__version__}")
+        parser.exit()
+
+
+def _add_common_flags(parser: argparse.ArgumentParser) -> None:
+    # An abbreviation in somebody's script would break, or change its meaning, with the next option.
+    parser.allow_abbrev = False
+    for flag, action, meaning in (
+        ("--json", "store_true", "one JSON document on standard output, text on standard error"),
+        ("--debug", "store_true", "show the traceback of an error"),
+        ("--version", _Version, "show the version and exit"),
+    ):
+        with contextlib.suppress(argparse.ArgumentError):  # the command has it in words of its own
+            parser.add_argument(flag, action=action, help=meaning)
 
 
 def _as_known(error: Exception) -> MMDiTError | None:
-    """The error as one of ours, if it is one, or is plainly about the machine or about a path that was given."""
+    """The error as one of ours, if it is one, or is plainly about the machine or about a path."""
     if isinstance(error, MMDiTError):
         return error
     # PyTorch and ONNX Runtime tell of a failed allocation in the words of a RuntimeError.

@@ -18,12 +18,25 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("bundle", type=Path, metavar="BUNDLE", help="the bundle's directory")
     p.add_argument("--engine", metavar="TARGET", help="e.g. ort-cpu (default: what this machine can run)")
-    p.add_argument("--checkpoint", metavar="PATH", help="the checkpoint it was made from: compare every block")
-    p.add_argument("--full", action="store_true", help="compare every block of a bundle with random weights, made again from its seed")
-    p.add_argument("--thorough", action="store_true", help="more and larger shapes (with --checkpoint or --full)")
+    p.add_argument(
+        "--checkpoint", metavar="PATH", help="the checkpoint it was made from: compare every block"
+    )
+    p.add_argument(
+        "--full",
+        action="store_true",
+        help="compare every block of a bundle with random weights, made again from its seed",
+    )
+    p.add_argument(
+        "--thorough", action="store_true", help="more and larger shapes (with --checkpoint or --full)"
+    )
+    p.add_argument(
+        "--blocks-only", action="store_true", help="do not run the whole engine: one block's memory is enough"
+    )
     p.add_argument("--junit", type=Path, metavar="FILE", help="write a JUnit report")
     p.add_argument("--html", type=Path, metavar="FILE", help="write an HTML report")
-    p.add_argument("--json", action="store_true", help="one JSON document on standard output, text on standard error")
+    p.add_argument(
+        "--json", action="store_true", help="one JSON document on standard output, text on standard error"
+    )
     return p
 
 
@@ -45,11 +58,17 @@ def _work(args: argparse.Namespace) -> int:
         checkpoint=args.checkpoint,
         full=args.full,
         thorough=args.thorough,
+        whole=not args.blocks_only,
         progress=progress,
     )
     if args.junit:
         write_junit([verdict], args.junit)
     if args.html:
-        write_html([verdict], args.html, title=f"{verdict.bundle} on {verdict.target}", facts={"weights": verdict.weights})
+        write_html(
+            [verdict],
+            args.html,
+            title=f"{verdict.bundle} on {verdict.target}",
+            facts={"weights": verdict.weights},
+        )
     emit(args, verdict_text(verdict), verdict.to_json())
     return 0 if verdict.passed else 1

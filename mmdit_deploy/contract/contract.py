@@ -30,13 +30,17 @@ class Range:
         parts = text.split(":")
         if len(parts) not in (1, 3) or not all(p.isdecimal() for p in parts):
             raise UsageError(
-                f"the range of {axis} is MIN:OPT:MAX in whole numbers", received=repr(text), fix=f"e.g. {DEFAULT_RANGES[axis]}"
+                f"the range of {axis} is MIN:OPT:MAX in whole numbers",
+                received=repr(text),
+                fix=f"e.g. {DEFAULT_RANGES[axis]}",
             )
         numbers = [int(p) for p in parts]
         low, opt, high = numbers * 3 if len(numbers) == 1 else numbers
         if not 1 <= low <= opt <= high:
             raise UsageError(
-                f"the range of {axis} needs 1 ≤ MIN ≤ OPT ≤ MAX", received=text, fix=f"e.g. {DEFAULT_RANGES[axis]}"
+                f"the range of {axis} needs 1 ≤ MIN ≤ OPT ≤ MAX",
+                received=text,
+                fix=f"e.g. {DEFAULT_RANGES[axis]}",
             )
         return Range(low, opt, high)
 
@@ -149,10 +153,14 @@ class Contract:
         for tensor in self.inputs:
             dtype, shape = received[tensor.name]
             if dtype != tensor.dtype:
-                raise ContractError(f"{tensor.name} is {tensor.dtype}", received=dtype, fix=f"convert it to {tensor.dtype}")
+                raise ContractError(
+                    f"{tensor.name} is {tensor.dtype}", received=dtype, fix=f"convert it to {tensor.dtype}"
+                )
             if len(shape) != len(tensor.axes):
                 raise ContractError(
-                    f"{tensor.name} has the axes {_shown(tensor.axes)}", received=f"shape {list(shape)}", fix="reshape it"
+                    f"{tensor.name} has the axes {_shown(tensor.axes)}",
+                    received=f"shape {list(shape)}",
+                    fix="reshape it",
                 )
             for axis, size in zip(tensor.axes, shape, strict=True):
                 if isinstance(axis, int):
@@ -172,10 +180,11 @@ class Contract:
                     seen_in.setdefault(axis, tensor.name)
                     allowed = self.ranges[axis]
                     if not allowed.min <= size <= allowed.max:
+                        wider = Range(min(allowed.min, size), allowed.opt, max(allowed.max, size))
                         raise ContractError(
                             f"{axis} must be {allowed.min} to {allowed.max} in this engine",
                             received=f"{size} ({tensor.name})",
-                            fix=f"export with --{axis.replace('_', '-')} {min(allowed.min, size)}:{allowed.opt}:{max(allowed.max, size)}",
+                            fix=f"export with --{axis.replace('_', '-')} {wider}",
                         )
         return sizes
 
@@ -197,7 +206,9 @@ class Contract:
             return tuple(TensorSpec(t["name"], tuple(t["axes"]), t["dtype"]) for t in items)
 
         return Contract(
-            tensors(data["inputs"]), tensors(data["outputs"]), {a: Range(*r) for a, r in data["ranges"].items()}
+            tensors(data["inputs"]),
+            tensors(data["outputs"]),
+            {a: Range(*r) for a, r in data["ranges"].items()},
         )
 
 

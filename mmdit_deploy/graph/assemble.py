@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -66,7 +66,10 @@ def assemble(
             if path not in initializers:
                 initializers[path] = _initializer(path, spans, call, weight.name or "", compute, location)
             arguments.append(initializers[path])
-        outputs = [_value(TensorSpec(n, t.axes, t.dtype), onnx_type(t)) for n, t in zip(call.outputs, call.kind.outputs, strict=True)]
+        outputs = [
+            _value(TensorSpec(n, t.axes, t.dtype), onnx_type(t))
+            for n, t in zip(call.outputs, call.kind.outputs, strict=True)
+        ]
         values.update({v.name or "": v for v in outputs})
         nodes.append(ir.Node(DOMAIN, call.kind.function, arguments, outputs=outputs, name=call.path))
 
@@ -91,13 +94,18 @@ def _initializer(
 ) -> ir.Value:
     if path in spans:
         span = spans[path]
+        shape = ir.Shape(span.shape)
         tensor: ir.TensorProtocol = ir.ExternalTensor(
-            location, span.offset, span.nbytes, compute, shape=ir.Shape(span.shape), name=path
+            location, span.offset, span.nbytes, compute, shape=shape, name=path
         )
     else:  # a buffer: the same small table in every model of this shape
-        table = dict(call.kind.build().named_buffers())[weight]
+        with torch.device("meta"):  # buffers are made on the CPU; the weights beside them are not wanted
+            table = dict(call.kind.build().named_buffers())[weight]
+        shape = ir.Shape(table.shape)
         tensor = ir.tensor(table.numpy(), name=path)
-    return ir.Value(name=path, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    return ir.Value(
+        name=path, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
 
 
 def _value(tensor: TensorSpec, type_: ir.TensorType) -> ir.Value:

@@ -23,7 +23,9 @@ def extract_call(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
     graph = model.graph
     node = next((n for n in graph.node if n.name == name), None)
     if node is None:
-        raise GraphError(f"the graph has one node per call; there is no {name!r}", fix="export the bundle again")
+        raise GraphError(
+            f"the graph has one node per call; there is no {name!r}", fix="export the bundle again"
+        )
     initializers = {i.name: i for i in graph.initializer}
     producers = {out: n for n in graph.node for out in n.output}
     values = {v.name: v for v in [*graph.value_info, *graph.input, *graph.output]}
@@ -33,7 +35,9 @@ def extract_call(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
     def is_constant(value: str) -> bool:
         if value not in constant:
             producer = producers.get(value)
-            constant[value] = value in initializers or (producer is not None and all(map(is_constant, producer.input)))
+            constant[value] = value in initializers or (
+                producer is not None and all(map(is_constant, producer.input))
+            )
         return constant[value]
 
     nodes: list[onnx.NodeProto] = []

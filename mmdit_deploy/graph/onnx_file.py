@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path, PurePosixPath
 
 import onnx
@@ -13,8 +14,11 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from mmdit_deploy.errors import UsageError
+from mmdit_deploy.graph.function_types import type_function_inputs
 
 MAX_BYTES = 2**31 - 1  # protobuf's limit
+_MANY = 10**15  # counts beyond it only come from files made to be counted
+_Key = tuple[str, str, str]  # domain, name and overload of a function
 _AGAIN = "get the file again, or export it again"
 
 
@@ -56,9 +60,7 @@ def read_onnx(path: str | os.PathLike[str]) -> onnx.ModelProto:
             )
         content = path.read_bytes()
     except OSError as error:
-        raise UsageError(
-            "an ONNX model must be readable", received=str(error), fix="check its permissions"
-        ) from error
+        raise UsageError("an ONNX model must be readable", received=str(error), fix="check its permissions") from error
     try:
         model = onnx.ModelProto.FromString(content)
     except DecodeError as error:
@@ -93,7 +95,7 @@ def external_files(model: onnx.ModelProto) -> tuple[ExternalFile, ...]:
             location, length = entries.get("location", ""), entries.get("length", "")
             tensors[location] += 1
             nbytes[location] += int(length) if length.isdecimal() and len(length) < 20 else 0
-    return tuple(ExternalFile(location, count, nbytes[location]) for location, count in sorted(tensors.items()))
+    return tuple(ExternalFile(name, count, nbytes[name]) for name, count in sorted(tensors.items()))
 
 
 def is_beside_model(location: str) -> bool:
@@ -138,27 +140,34 @@ def _subgraphs(attribute: onnx.AttributeProto) -> Iterator[onnx.GraphProto]:
 def executed_ops(model: onnx.ModelProto) -> dict[str, int]:
     """Nodes by op type that one run executes: a function's nodes count once per call, a branch's nodes once.
 
-    Each function is counted once, however often it is called: a file of a few kilobytes may nest calls so that
-    they are more than anybody can count one by one. Op types of domains other than ONNX's own are written with
-    their domain, as ``com.microsoft.MultiHeadAttention``.
+    Each function is counted once, however often it is called: a file of a few kilobytes may nest calls so
+    that they are more than anybody can count one by one. Op types of domains other than ONNX's own are
+    written with their domain, as ``com.microsoft.MultiHeadAttention``.
+
+    Raises:
+        UsageError: functions call each other in a circle.
     """
-    functions = {(f.domain, f.name): f for f in model.functions}
-    counted: dict[tuple[str, str], Counter[str]] = {}
+    functions = {(f.domain, f.name, f.overload): f for f in model.functions}
+    counted: dict[_Key, Counter[str]] = {}
     for key in _callees_first(functions):
         counted[key] = _count(functions[key].node, counted)
     return dict(sorted(_count(model.graph.node, counted).items()))
 
 
-def _count(nodes: Iterable[onnx.NodeProto], functions: Mapping[tuple[str, str], Counter[str]]) -> Counter[str]:
+def _count(nodes: Iterable[onnx.NodeProto], functions: Mapping[_Key, Counter[str]]) -> Counter[str]:
     total: Counter[str] = Counter()
     for node in _all_nodes(nodes):
-        body = functions.get((node.domain, node.op_type))
+        body = functions.get(_called(node))
         if body is not None:
             total.update(body)
         else:
             own = node.domain in ("", "ai.onnx")
             total[node.op_type if own else f"{node.domain}.{node.op_type}"] += 1
-    return total
+    return Counter({op: min(count, _MANY) for op, count in total.items()})
+
+
+def _called(node: onnx.NodeProto) -> _Key:
+    return node.domain, node.op_type, node.overload
 
 
 def _all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
@@ -170,35 +179,19 @@ def _all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
                 yield from _all_nodes(graph.node)
 
 
-def _callees_first(functions: Mapping[tuple[str, str], onnx.FunctionProto]) -> list[tuple[str, str]]:
-    """The functions in an order in which each comes after those that it calls; no recursion, for long chains.
-
-    Raises:
-        UsageError: functions call each other in a circle.
-    """
-    order: dict[tuple[str, str], bool] = {}  # False while its callees are being visited
-    for root in functions:
-        pending = [root]
-        while pending:
-            key = pending[-1]
-            if key in order:
-                pending.pop()
-                order[key] = True
-                continue
-            order[key] = False
-            for node in _all_nodes(functions[key].node):
-                callee = (node.domain, node.op_type)
-                if callee not in functions or order.get(callee):
-                    continue
-                if callee in order:
-                    raise UsageError(
-                        "functions of an ONNX model must not call each other in a circle",
-                        received=f"{key[1]!a} calls {callee[1]!a}, which calls it",
-                        fix=_AGAIN,
-                    )
-                pending.append(callee)
-    finished: list[tuple[str, str]] = []
-    return finished or list(order)
+def _callees_first(functions: Mapping[_Key, onnx.FunctionProto]) -> list[_Key]:
+    callees = {
+        key: {_called(node) for node in _all_nodes(function.node)} & functions.keys()
+        for key, function in functions.items()
+    }
+    try:
+        return list(TopologicalSorter(callees).static_order())
+    except CycleError as error:
+        raise UsageError(
+            "functions of an ONNX model must not call each other in a circle",
+            received=" calls ".join(ascii(key[1]) for key in reversed(error.args[1])),
+            fix=_AGAIN,
+        ) from error
 
 
 def to_ir(model: onnx.ModelProto, folder: Path) -> ir.Model:
@@ -209,13 +202,17 @@ def to_ir(model: onnx.ModelProto, folder: Path) -> ir.Model:
         folder: of the file, which its references are relative to.
 
     Raises:
-        UsageError: the graph is malformed, e.g. a node reads what no node makes.
+        UsageError: the graph is malformed, or functions call each other in a circle.
     """
     try:
         result = ir.from_proto(model)
     except Exception as error:  # onnx_ir raises whatever the malformed part runs into
         raise UsageError(
-            "the ONNX graph must be well-formed", received=f"{type(error).__name__}: {str(error)[:300]}", fix=_AGAIN
+            "the ONNX graph must be well-formed",
+            received=f"{type(error).__name__}: {str(error)[:300]}",
+            fix=_AGAIN,
         ) from error
     ir.external_data.set_base_dir(result.graph, folder)
+    callees_first = _callees_first({(f.domain, f.name, f.overload): f for f in model.functions})
+    type_function_inputs(result, reversed(callees_first))
     return result

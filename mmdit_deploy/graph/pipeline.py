@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ def build_graphs(
     clock.append(time.perf_counter())
 
     stages = ("trace", "assemble", "fuse", "lower")
-    seconds = {stage: end - start for stage, start, end in zip(stages, clock, clock[1:], strict=False)}
+    seconds = {stage: end - start for stage, (start, end) in zip(stages, itertools.pairwise(clock), strict=True)}
     return Graphs(standard, protos, census, passes, tuple(functions), seconds)
 
 
@@ -92,8 +93,10 @@ def _spans(spec: ModelSpec, layout: Layout) -> dict[str, Span]:
     spans = {}
     for parameter in parameters(spec):
         parts = [layout.tensors[p.key] for p in parameter.parts]
-        for before, after in zip(parts, parts[1:], strict=False):
+        for before, after in itertools.pairwise(parts):
             if before.offset + before.nbytes != after.offset:
-                raise ValueError(f"{before.key} and {after.key} are one parameter, but are not adjacent in the file")
+                raise ValueError(
+                    f"{before.key} and {after.key} are one parameter, but are not adjacent in the file"
+                )
         spans[parameter.path] = Span(parameter.shape, parts[0].offset, sum(p.nbytes for p in parts))
     return spans

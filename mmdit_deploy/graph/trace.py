@@ -28,10 +28,12 @@ class _Pure(nn.Module):
 
     def __init__(self, module: nn.Module):
         super().__init__()
-        self.__dict__["module"] = module  # not a submodule: its weights must not become this one's
+        self._module = (module,)  # not a submodule: its weights must not become this one's
 
-    def forward(self, activations: tuple[Tensor, ...], weights: dict[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
-        out: Tensor | tuple[Tensor, ...] = torch.func.functional_call(self.module, weights, activations)
+    def forward(
+        self, activations: tuple[Tensor, ...], weights: dict[str, Tensor]
+    ) -> Tensor | tuple[Tensor, ...]:
+        out: Tensor | tuple[Tensor, ...] = torch.func.functional_call(self._module[0], weights, activations)
         return out
 
 
@@ -50,13 +52,13 @@ def trace(kind: Kind, dtype: torch.dtype) -> ir.Function:
             **{name: b.detach() for name, b in module.named_buffers()},
         }
         activations = tuple(
-            torch.empty(t.shape(EXAMPLE_SIZES), dtype=getattr(torch, t.dtype) if t.dtype != "compute" else dtype)
+            torch.empty(
+                t.shape(EXAMPLE_SIZES), dtype=getattr(torch, t.dtype) if t.dtype != "compute" else dtype
+            )
             for t in kind.inputs
         )
         axes = {a: torch.export.Dim(a) for t in kind.inputs for a in t.axes if isinstance(a, str)}
-        dynamic = tuple(
-            {i: axes[a] for i, a in enumerate(t.axes) if isinstance(a, str)} for t in kind.inputs
-        )
+        dynamic = tuple({i: axes[a] for i, a in enumerate(t.axes) if isinstance(a, str)} for t in kind.inputs)
         with _quiet():
             exported = torch.export.export(
                 _Pure(module),
@@ -75,7 +77,9 @@ def _as_function(kind: Kind, model: ir.Model, weight_names: list[str]) -> ir.Fun
     names = [t.name for t in kind.inputs] + weight_names
     if len(graph.inputs) != len(names):
         raise GraphError(
-            f"{kind.function} has the inputs {names}", received=str([v.name for v in graph.inputs]), fix="report this as a bug"
+            f"{kind.function} has the inputs {names}",
+            received=str([v.name for v in graph.inputs]),
+            fix="report this as a bug",
         )
     _name_axes(kind, graph)
     for value, name in zip(graph.inputs, names, strict=True):

@@ -6,6 +6,7 @@ import dataclasses
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,10 @@ class LatencyReport:
 
     def text(self) -> str:
         lines = [f"{self.bundle} ({self.precision}, weights {self.weights}), {self.case}"]
-        lines += [f"  {t.name:14s} p50 {t.p50_ms:10.2f} ms   p90 {t.p90_ms:10.2f} ms   {t.how}" for t in self.timings]
+        lines += [
+            f"  {t.name:14s} p50 {t.p50_ms:10.2f} ms   p90 {t.p90_ms:10.2f} ms   {t.how}"
+            for t in self.timings
+        ]
         lines += [f"  {name:14s} not run: {reason}" for name, reason in self.not_run.items()]
         lines += [f"  {pair}: {ratio:.3f}" for pair, ratio in self.ratios.items()]
         return "\n".join(lines)
@@ -84,7 +88,10 @@ def bench_bundle(
     tokens = img_tokens or ranges["img_tokens"].opt
     side = max(1, round(tokens**0.5))
     case = Case(
-        batch or ranges["batch"].opt, *fit_grid(side, side, tokens, tokens), txt_tokens or ranges["txt_tokens"].opt, 500.0
+        batch or ranges["batch"].opt,
+        *fit_grid(side, side, tokens, tokens),
+        txt_tokens or ranges["txt_tokens"].opt,
+        500.0,
     )
     device = torch.device("cuda" if any(name == "ort-cuda" for name in names) else "cpu")
     inputs = {name: t.to(device) for name, t in case_inputs(case, bundle.contract).items()}
@@ -92,8 +99,7 @@ def bench_bundle(
     rivals: dict[str, tuple[str, Run]] = {}
     not_run: dict[str, str] = {}
     for name in names:
-        engine = Engine(bundle, name)
-        rivals[name] = (execution_of(name, bundle.precision), lambda engine=engine: engine(inputs))
+        rivals[name] = (execution_of(name, bundle.precision), partial(Engine(bundle, name), inputs))
     rivals["eager"], rivals["torch.compile"] = _torch_rivals(bundle, inputs, device, not_run)
     rivals = {name: rival for name, rival in rivals.items() if name not in not_run}
 
@@ -150,7 +156,9 @@ def _eager_model(bundle: Bundle, dtype: torch.dtype, device: torch.device) -> nn
     """The reference model with the bundle's own weights."""
     table = parameters(bundle.spec)
     needed = sum(p.numel for p in table) * dtype.itemsize
-    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    available = (
+        torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    )
     if needed > available:
         raise MachineError(
             "the eager rival needs its weights in memory",
@@ -166,7 +174,10 @@ def _eager_model(bundle: Bundle, dtype: torch.dtype, device: torch.device) -> nn
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
-    data: dict[str, Any] = {"system": f"{platform.system()} {platform.machine()}", "cores": psutil.cpu_count()}
+    data: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": psutil.cpu_count(),
+    }
     if device.type == "cuda":
         data["gpu"] = torch.cuda.get_device_name(device)
         data["cuda"] = torch.version.cuda

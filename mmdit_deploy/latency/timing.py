@@ -50,7 +50,8 @@ def time_interleaved(
         for name, (_, run) in rivals.items():
             samples[name].append(measure(run))
     return tuple(
-        Timing(name, how, median(samples[name]), _p90(samples[name]), rounds) for name, (how, _) in rivals.items()
+        Timing(name, how, median(samples[name]), _p90(samples[name]), rounds)
+        for name, (how, _) in rivals.items()
     )
 
 

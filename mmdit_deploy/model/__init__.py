@@ -3,4 +3,4 @@
 from mmdit_deploy.model.calls import Call, Kind, calls
 from mmdit_deploy.model.mmdit import MMDiT, grid_ids, nearest_square_ids
 
-__all__ = ["MMDiT", "Call", "Kind", "calls", "grid_ids", "nearest_square_ids"]
+__all__ = ["Call", "Kind", "MMDiT", "calls", "grid_ids", "nearest_square_ids"]

@@ -55,10 +55,16 @@ class JointBlock(nn.Module):
         self.txt = Stream(spec, ends=kind.text_ends)
 
     def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, img_modulation: Tensor, txt_modulation: Tensor
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        img_modulation: Tensor,
+        txt_modulation: Tensor,
     ) -> tuple[Tensor, ...]:
         img, txt, kind = hidden_states, encoder_hidden_states, self.kind
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *dual = img_modulation.chunk(kind.img_modulations, -1)
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *dual = img_modulation.chunk(
+            kind.img_modulations, -1
+        )
         if kind.text_ends:  # diffusers' AdaLayerNormContinuous stores scale first
             txt_scale, txt_shift = txt_modulation.chunk(2, -1)
         else:

@@ -28,6 +28,8 @@ def frequencies(count: int) -> Tensor:
 class TimestepEmbed(nn.Module):
     """Sinusoids of the timestep (cosines first), then a two-layer MLP. [B] → [B, C_cond]"""
 
+    frequencies: Tensor
+
     def __init__(self, cond_dim: int):
         super().__init__()
         self.up = nn.Linear(TIMESTEP_CHANNELS, cond_dim)
@@ -66,6 +68,8 @@ class SincosPositions(nn.Module):
     ``max_size``² grid, scaled so that ``base_size`` positions span it (SD3 paper, section 5.3.2;
     diffusers PatchEmbed.cropped_pos_embed).
     """
+
+    frequencies: Tensor
 
     def __init__(self, spec: ModelSpec):
         super().__init__()

@@ -131,7 +131,12 @@ class MMDiT(nn.Module):
         Raises:
             SpecError: a size breaks a rule, e.g. `hidden_size` is no multiple of `num_heads`.
         """
-        if not isinstance(num_heads, int) or num_heads < 1 or not isinstance(hidden_size, int) or hidden_size % num_heads:
+        if (
+            not isinstance(num_heads, int)
+            or num_heads < 1
+            or not isinstance(hidden_size, int)
+            or hidden_size % num_heads
+        ):
             raise SpecError(
                 "hidden_size must be a multiple of num_heads",
                 received=f"hidden_size={hidden_size!r}, num_heads={num_heads!r}",
@@ -139,7 +144,9 @@ class MMDiT(nn.Module):
             )
         for name, tokens in (("img_tokens", img_tokens), ("txt_tokens", txt_tokens)):
             if not isinstance(tokens, int) or tokens < 1:
-                raise SpecError(f"{name} must be a whole number of at least 1", received=repr(tokens), fix="use 64")
+                raise SpecError(
+                    f"{name} must be a whole number of at least 1", received=repr(tokens), fix="use 64"
+                )
         model = MMDiT(
             ModelSpec(
                 name=f"mmdit-{depth}x{hidden_size}",
@@ -191,6 +198,8 @@ def block_index(name: str, spec: ModelSpec) -> int:
     prefix, _, index = name.partition(".")
     if prefix != "blocks" or not index.isdecimal() or int(index) >= spec.depth:
         raise SpecError(
-            f"an output is named blocks.0 to blocks.{spec.depth - 1}", received=repr(name), fix="name a block of this model"
+            f"an output is named blocks.0 to blocks.{spec.depth - 1}",
+            received=repr(name),
+            fix="name a block of this model",
         )
     return int(index)

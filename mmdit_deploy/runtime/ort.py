@@ -67,7 +67,9 @@ def open_session(
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if weights_folder is not None:
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights_folder))
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(weights_folder)
+        )
     source = model if isinstance(model, bytes) else os.fspath(model)
     try:
         session = ort.InferenceSession(source, options, providers=[provider])
@@ -107,7 +109,12 @@ def run_session(
         contiguous = tensor.contiguous()
         held.append(contiguous)
         binding.bind_input(
-            name, device.type, device.index or 0, _ONNX_TYPE[tensor.dtype], list(tensor.shape), contiguous.data_ptr()
+            name,
+            device.type,
+            device.index or 0,
+            _ONNX_TYPE[tensor.dtype],
+            list(tensor.shape),
+            contiguous.data_ptr(),
         )
     results = {}
     for name, dtype, shape in outputs:

@@ -55,12 +55,20 @@ def spec_from_config(config: Mapping[str, Any], name: str) -> ModelSpec:
     c = {**SD3_DEFAULTS, **fields}
     for key in set(SD3_DEFAULTS) - {"qk_norm", "dual_attention_layers", "out_channels"}:
         if isinstance(c[key], bool) or not isinstance(c[key], int) or c[key] < 1:
-            raise CheckpointError(f"{key} is a whole number of at least 1", received=repr(c[key]), fix="repair config.json")
+            raise CheckpointError(
+                f"{key} is a whole number of at least 1", received=repr(c[key]), fix="repair config.json"
+            )
     if c["qk_norm"] not in (None, "rms_norm"):
-        raise CheckpointError("qk_norm is null or 'rms_norm'", received=repr(c["qk_norm"]), fix="this norm is not supported")
+        raise CheckpointError(
+            "qk_norm is null or 'rms_norm'", received=repr(c["qk_norm"]), fix="this norm is not supported"
+        )
     layers = c["dual_attention_layers"]
     if not isinstance(layers, list | tuple) or not all(isinstance(i, int) for i in layers):
-        raise CheckpointError("dual_attention_layers is a list of block indices", received=repr(layers), fix="repair config.json")
+        raise CheckpointError(
+            "dual_attention_layers is a list of block indices",
+            received=repr(layers),
+            fix="repair config.json",
+        )
     width = c["num_attention_heads"] * c["attention_head_dim"]
     if c["caption_projection_dim"] != width:
         raise CheckpointError(

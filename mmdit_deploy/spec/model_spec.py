@@ -184,4 +184,8 @@ def require_depth(depth: object) -> None:
 
 def _require_positive_int(field: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise SpecError(f"{field} must be a whole number of at least 1", received=repr(value), fix=f"set {field} to 1 or more")
+        raise SpecError(
+            f"{field} must be a whole number of at least 1",
+            received=repr(value),
+            fix=f"set {field} to 1 or more",
+        )

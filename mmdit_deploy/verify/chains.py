@@ -80,9 +80,10 @@ class _EngineCall:
         fed = {name: t.to(dtype) for (name, dtype), t in zip(self._inputs, inputs, strict=True)}
         sizes = axis_sizes(self._call.kind.inputs, inputs)
         outputs = [
-            (name, dtype, t.shape(sizes)) for (name, dtype), t in zip(self._outputs, self._call.kind.outputs, strict=True)
+            (name, dtype, t.shape(sizes))
+            for (name, dtype), t in zip(self._outputs, self._call.kind.outputs, strict=True)
         ]
-        results = run_session(self._session, fed, outputs)  # type: ignore[arg-type]
+        results = run_session(self._session, fed, outputs)
         return tuple(results[name].to(self._dtype) for name, _ in self._outputs)
 
 

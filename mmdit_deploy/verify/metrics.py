@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from mmdit_deploy.verify.records import Errors
@@ -38,5 +37,7 @@ def compare(received: Tensor, reference: Tensor) -> Errors:
 def within(errors: Errors, tolerance: Tolerance) -> bool:
     """Whether the figures keep both bounds, and all values are finite. NaN is never within."""
     return (
-        errors.nonfinite == 0 and errors.cosine >= tolerance.min_cosine and errors.rel_l2 <= tolerance.max_rel_l2
+        errors.nonfinite == 0
+        and errors.cosine >= tolerance.min_cosine
+        and errors.rel_l2 <= tolerance.max_rel_l2
     )

@@ -25,7 +25,8 @@ class Case:
         return self.rows * self.cols
 
     def __str__(self) -> str:
-        return f"batch {self.batch}, {self.rows}×{self.cols} image tokens, {self.txt_tokens} text tokens, t={self.timestep:g}"
+        image = f"{self.rows}×{self.cols} image tokens"
+        return f"batch {self.batch}, {image}, {self.txt_tokens} text tokens, t={self.timestep:g}"
 
 
 @dataclass(frozen=True)

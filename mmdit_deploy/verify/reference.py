@@ -46,7 +46,9 @@ class ReferenceRecorder:
         for i, tensors in enumerate(values):
             keys = {}
             for name, tensor in tensors.items():
-                same = (k for k, t in self._tensors.items() if t.dtype == tensor.dtype and torch.equal(t, tensor))
+                same = (
+                    k for k, t in self._tensors.items() if t.dtype == tensor.dtype and torch.equal(t, tensor)
+                )
                 keys[name] = next(same, f"case.{i}.input.{name}")
                 self._tensors[keys[name]] = tensor
             self._inputs.append(keys)
@@ -85,7 +87,9 @@ class Reference:
             self._inputs: list[dict[str, str]] = json.loads(self._file.metadata["inputs"])
         except (KeyError, TypeError, ValueError) as error:
             raise BundleError(
-                f"{FILE_NAME} lists its cases and their inputs in the header", received=repr(error), fix="export the bundle again"
+                f"{FILE_NAME} lists its cases and their inputs in the header",
+                received=repr(error),
+                fix="export the bundle again",
             ) from error
 
     def inputs(self, case: int) -> dict[str, Tensor]:
@@ -102,5 +106,7 @@ class Reference:
 
     def _read(self, key: str) -> Tensor:
         if key not in self._file.tensors:
-            raise BundleError(f"{FILE_NAME} holds {key}", received="it is not there", fix="export the bundle again")
+            raise BundleError(
+                f"{FILE_NAME} holds {key}", received="it is not there", fix="export the bundle again"
+            )
         return self._file.read(key)

@@ -59,7 +59,10 @@ def stream_parity(
         for i, case in enumerate(cases):
             exact = [theirs[i][name] for name in call.inputs]
             expected = eager_call(exact)
-            rounded = [t.to(compute) if spec.dtype == "compute" else t for t, spec in zip(exact, call.kind.inputs, strict=True)]
+            rounded = [
+                t.to(compute) if spec.dtype == "compute" else t
+                for t, spec in zip(exact, call.kind.inputs, strict=True)
+            ]
             # In fp32 the rounded inputs are the exact ones, and one eager run serves both comparisons.
             reference = expected if compute == torch.float32 else eager_call(rounded)
             checks.append(_check(call, "local", case, engine_call(rounded), reference, tolerance))
@@ -103,8 +106,12 @@ def replay_parity(
             if call is calls[-1]:
                 checks.append(_check(call, "output", case, out, (reference.sample(i),), tolerance))
             else:
-                pairs = [(pick(t), reference.digest(i, name)) for name, t in zip(call.outputs, out, strict=True)]
-                checks.append(_check(call, "cumulative", case, [p[0] for p in pairs], [p[1] for p in pairs], tolerance))
+                pairs = [
+                    (pick(t), reference.digest(i, name)) for name, t in zip(call.outputs, out, strict=True)
+                ]
+                checks.append(
+                    _check(call, "cumulative", case, [p[0] for p in pairs], [p[1] for p in pairs], tolerance)
+                )
             for name in last_use[index]:
                 del values[i][name]
         del engine_call
@@ -118,7 +125,12 @@ def check_output(level: Level, case: Case, received: Tensor, expected: Tensor, t
 
 
 def _check(
-    call: Call, level: Level, case: Case, received: Sequence[Tensor], expected: Sequence[Tensor], tolerance: Tolerance
+    call: Call,
+    level: Level,
+    case: Case,
+    received: Sequence[Tensor],
+    expected: Sequence[Tensor],
+    tolerance: Tolerance,
 ) -> Check:
     """The worse of a call's outputs."""
     errors = max((compare(r, e) for r, e in zip(received, expected, strict=True)), key=lambda e: e.badness)

@@ -28,20 +28,30 @@ class _Attention3D(RewriteRuleClassBase):
         for value in (q, k, v):
             if value.shape is None or len(value.shape) != 4 or not _static(value.shape[2:]):
                 return result.fail("heads or head width are not known", value)
-        if merged.shape is None or len(merged.shape) != 3:
+        if not _merges_heads(merged.shape, q.shape, v.shape):
             return result.fail("the result is not merged to (B, N, H·D)", merged)
         attributes = attended.producer().attributes
-        if any(attributes.get_int(name, 0) for name in ("is_causal", "qk_matmul_output_mode")):
-            return result.fail("causal, or with the scores as an output", attended)
+        if any(attributes.get_int(name, 0) for name in ("is_causal", "qk_matmul_output_mode", "softmax_precision")):
+            return result.fail("causal, with a softmax of its own precision, or with the scores as an output", attended)
         return result
 
     def rewrite(self, op: Any, q: Any, k: Any, v: Any, attended: Any, **_: Any) -> Any:
-        merge = op.Constant(value=ir.tensor([0, 0, -1], dtype=ir.DataType.INT64))
+        # The width is written out: where N is symbolic, ONNX's shape inference makes nothing of a -1, and of an
+        # Attention whose width is unknown it makes a wrong shape, with which ONNX Runtime refuses the graph.
+        widths = [t.shape[2] * t.shape[3] for t in (q, k, v)]
+        merges = {w: op.Constant(value=ir.tensor([0, 0, w], dtype=ir.DataType.INT64)) for w in widths}
         q_BNC, k_BNC, v_BNC = (
-            like(op.Reshape(t, merge), t, [*t.shape[:2], t.shape[2] * t.shape[3]]) for t in (q, k, v)
+            like(op.Reshape(t, merges[w]), t, [*t.shape[:2], w]) for t, w in zip((q, k, v), widths, strict=True)
         )
         kept = {n: a for n, a in attended.producer().attributes.items() if n in ("scale", "softcap")}
         return op.Attention(q_BNC, k_BNC, v_BNC, q_num_heads=q.shape[2], kv_num_heads=k.shape[2], **kept)
+
+
+def _merges_heads(merged: Any, q: Any, v: Any) -> bool:
+    """Whether (B, N, H, D) becomes (B, N, H·D), and not, say, (B, N·H, D) or (1, B·N, H·D)."""
+    if merged is None or len(merged) != 3 or merged[2] != q[2] * v[3]:
+        return False
+    return all(new == old for new, old in zip(merged[:2], q[:2], strict=True) if isinstance(new, int))
 
 
 def _static(dims: Any) -> bool:

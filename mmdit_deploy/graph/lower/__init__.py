@@ -22,8 +22,8 @@ DIALECTS: dict[str, tuple[Pass, ...]] = {
 def lower(model: ir.Model, dialect: str) -> tuple[ir.Model, tuple[PassResult, ...]]:
     """A copy of the standard graph in another dialect, and what each pass did."""
     lowered = model.clone()
-    for owner in (lowered.graph, *lowered.functions.values()):
-        owner.opset_imports[MICROSOFT] = 1
+    for imports in (lowered.opset_imports, *(f.opset_imports for f in lowered.functions.values())):
+        imports[MICROSOFT] = 1
     return lowered, run(lowered, DIALECTS[dialect])
 
 

@@ -25,7 +25,12 @@ class _AdaLN(RewriteRuleClassBase):
         if ones.const_value is None or not np.all(ones.const_value.numpy() == 1):
             return result.fail("the norm has a weight of its own", ones)
         for value in (scale, shift):
-            if x.shape is None or len(x.shape) != 3 or value.shape is None or list(value.shape) != [x.shape[0], 1, x.shape[2]]:
+            if (
+                x.shape is None
+                or len(x.shape) != 3
+                or value.shape is None
+                or list(value.shape) != [x.shape[0], 1, x.shape[2]]
+            ):
                 return result.fail("not one vector per sample", value)
         return result
 

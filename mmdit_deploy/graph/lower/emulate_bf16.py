@@ -58,7 +58,11 @@ def _emulate_graph(graph: ir.Graph, functions: set[tuple[str, str, str]]) -> int
             uses = list(value.uses())
             cast = ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT})
             wide = cast.outputs[0]
-            wide.name, wide.shape, wide.type = f"{value.name}.fp32", value.shape, ir.TensorType(ir.DataType.FLOAT)
+            wide.name, wide.shape, wide.type = (
+                f"{value.name}.fp32",
+                value.shape,
+                ir.TensorType(ir.DataType.FLOAT),
+            )
             for node, index in uses:
                 node.replace_input_with(index, wide)
             graph.insert_before(graph[0], cast)

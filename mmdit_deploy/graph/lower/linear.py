@@ -1,6 +1,6 @@
 """Linear layers as Gemm, which reads weights in PyTorch's [out, in] layout: no transposed second copy at load.
 
-    MatMul(x, Transpose(w)) + b   ⇒   Reshape(Gemm(Reshape(x), w, b, transB))
+MatMul(x, Transpose(w)) + b   ⇒   Reshape(Gemm(Reshape(x), w, b, transB))
 """
 
 from __future__ import annotations

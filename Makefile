@@ -1,0 +1,55 @@
+# Everything lives in .venv and dist/; nothing needs root, and nothing but pip uses the network.
+.POSIX:
+
+PYTHON = python3
+VENV = .venv
+BIN = $(VENV)/bin
+
+help:
+	@echo 'make export   set up, then export the 2 B model of the SD3 paper (random weights) to a bundle in dist/'
+	@echo 'make test     set up, then check style, layers and types, and run the whole test suite'
+	@echo 'make lint     set up, then check style, layers and types'
+	@echo 'make soak     set up, then run the long tests (hours)'
+	@echo 'make setup    make .venv; does nothing when it is up to date, repairs it when it is broken'
+	@echo 'make clean    remove .venv and the caches; dist/ stays'
+	@echo
+	@echo 'PYTHON=python3.12 chooses the Python (3.11 or later) that .venv is made with.'
+	@echo 'PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gets PyTorch without CUDA: 0.2 GB, not 3 GB.'
+
+# .venv/.complete says what was installed, and where: a folder that was moved, another list of packages, a
+# .venv whose Python is gone, or an installation that was broken off are all set up again.
+setup:
+	@want="$$(cat pyproject.toml constraints.txt | cksum) $$PWD"; \
+	if [ "$$(cat $(VENV)/.complete 2>/dev/null)" = "$$want" ] \
+	    && $(BIN)/python -P -c 'import mmdit_deploy, torch.version' 2>/dev/null; then exit 0; fi; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo 'This project needs Python 3.11 or later; $(PYTHON) is none. Try: make PYTHON=python3.12 …' >&2; exit 1; }; \
+	if [ -e $(VENV)/.incomplete ] || ! [ -e $(VENV)/.complete ] || ! $(BIN)/python -m pip --version >/dev/null 2>&1 \
+	    || [ "$$(sed 's/^[0-9]* [0-9]* //' $(VENV)/.complete)" != "$$PWD" ]; then \
+	    $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	        echo '$(PYTHON) has no venv. On Debian and Ubuntu: apt install python3-venv; or make PYTHON=… with one that has.' >&2; \
+	        exit 1; }; \
+	    $(PYTHON) -m venv --clear $(VENV) || exit 1; \
+	fi; \
+	touch $(VENV)/.incomplete; rm -f $(VENV)/.complete; \
+	$(BIN)/python -m pip install "$$(grep '^torch==' constraints.txt)" -c constraints.txt -e '.[cpu,dev]' || exit 1; \
+	echo "$$want" > $(VENV)/.complete; rm -f $(VENV)/.incomplete
+
+export: setup
+	$(BIN)/mmdit-export --depth 24 --fp16 --force
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+soak: setup
+	$(BIN)/python -m pytest -m soak
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis
+
+.PHONY: help setup export lint test soak clean

@@ -1,0 +1,252 @@
+"""What is in a bundle, a checkpoint, an ONNX file or a safetensors file: as data. No weight is read."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from mmdit_deploy.bundle import Bundle, open_bundle
+from mmdit_deploy.bundle.manifest import MANIFEST
+from mmdit_deploy.checkpoint import Checkpoint, SafetensorsFile, TensorInfo, open_checkpoint
+from mmdit_deploy.checkpoint.keys import Parameter, parameters
+from mmdit_deploy.checkpoint.strict_json import parse_json_object
+from mmdit_deploy.checkpoint.weights import open_weights
+from mmdit_deploy.errors import BundleError, UsageError
+from mmdit_deploy.graph.onnx_file import (
+    executed_ops,
+    external_files,
+    inline_bytes,
+    is_beside_model,
+    read_onnx,
+)
+from mmdit_deploy.spec import ModelSpec
+
+_CHECKPOINT_MARKS = ("config.json", "model_index.json", "transformer")
+# Parts of the model, in the order of the data flow, by how the paths of their parameters begin.
+_PARTS = {
+    "conditioning": ("conditioning",),
+    "modulations": ("modulations", "final_modulation"),
+    "embedders": ("img_embed", "txt_embed"),
+    "blocks, image": ("blocks.*.img",),
+    "blocks, text": ("blocks.*.txt",),
+    "final": ("final",),
+}
+
+
+def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Describe a bundle, a checkpoint folder, or a file.
+
+    Args:
+        path: the folder or file.
+
+    Returns:
+        JSON values; ``kind`` is ``bundle``, ``checkpoint``, ``onnx`` or ``safetensors``.
+
+    Raises:
+        UsageError: it does not exist, or is none of these.
+        BundleError, CheckpointError: it is one of these, and broken.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if any((path / name).exists() for name in _CHECKPOINT_MARKS):
+            return describe_checkpoint(path)
+        if (path / MANIFEST).exists():
+            return describe_bundle(path)
+        raise UsageError(
+            f"a bundle has a {MANIFEST}, and a diffusers checkpoint a config.json",
+            received=f"the folder {path}, which has neither",
+            fix="name the folder itself, not one around it or in it",
+        )
+    if path.suffix.lower() == ".onnx":
+        return describe_onnx(path)
+    if path.suffix.lower() == ".safetensors":
+        return describe_safetensors(path)
+    if not path.exists():
+        return describe_checkpoint(path)  # which fails, and knows what a name on a hub looks like
+    raise UsageError(
+        "what is inspected is a bundle, a diffusers checkpoint folder, an .onnx file or a .safetensors file",
+        received=f"the file {path}",
+        fix="name one of these",
+    )
+
+
+def describe_bundle(path: Path) -> dict[str, Any]:
+    """A bundle that was checked, every byte of it.
+
+    Raises:
+        BundleError: it is not whole, or not what its manifest says.
+    """
+    bundle = open_bundle(path)
+    fields = bundle.manifest.fields
+    files = {name: record.size for name, record in sorted(bundle.manifest.files.items())}
+    return {
+        "kind": "bundle",
+        "path": str(bundle.path),
+        "name": bundle.name,
+        "precision": bundle.precision.name,
+        "weights": _mapping(fields.get("weights")),
+        "spec": bundle.spec.to_json(),
+        "contract": bundle.contract.to_json(),
+        "engines": {name: _mapping(engine) for name, engine in _mapping(fields.get("engines")).items()},
+        "verdicts": _verdicts(bundle),
+        "versions": _mapping(fields.get("versions")),
+        "files": files,
+        "bytes": sum(files.values()),
+    }
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _verdicts(bundle: Bundle) -> list[dict[str, Any]]:
+    """Of each engine that was verified: the outcome, and the largest error that the tolerance binds."""
+    name = "parity.json"
+    if name not in bundle.manifest.files:
+        return []
+    again = "export the bundle again"
+    data = parse_json_object(bundle.file(name).read_bytes(), str(bundle.file(name)), again)
+    try:
+        return [_verdict(verdict) for verdict in data["verdicts"]]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise BundleError(
+            f"{bundle.file(name)} must hold the verdicts as this version writes them",
+            received=f"{type(error).__name__}: {error}",
+            fix=again,
+        ) from error
+
+
+def _verdict(verdict: dict[str, Any]) -> dict[str, Any]:
+    errors = [check["errors"]["rel_l2"] for check in verdict["checks"] if check["binding"]]
+    return {
+        "target": verdict["target"],
+        "passed": verdict["passed"],
+        "checks": len(errors),
+        # null stands for NaN, which is worse than any figure
+        "worst_rel_l2": None if None in errors else max(errors, default=None),
+        "not_executed": list(verdict["not_executed"]),
+    }
+
+
+def describe_checkpoint(path: Path) -> dict[str, Any]:
+    """A diffusers folder whose tensors fit its config: the architecture, and where its parameters are.
+
+    Raises:
+        CheckpointError: the files are broken, or the tensors do not fit the config.
+    """
+    spec, _ = open_weights(path)
+    with open_checkpoint(path) as checkpoint:
+        return {
+            "kind": "checkpoint",
+            "path": str(checkpoint.path),
+            "class": checkpoint.class_name,
+            "spec": spec.to_json(),
+            "parameters": sum(p.numel for p in parameters(spec)),
+            "parts": _parts(spec, checkpoint),
+            "dtypes": _dtypes(checkpoint.tensors.values()),
+            "files": {file.name: file.stat().st_size for file in checkpoint.files},
+            "bytes": checkpoint.total_bytes,
+        }
+
+
+def _parts(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    numel: Counter[str] = Counter(dict.fromkeys(_PARTS, 0))
+    nbytes: Counter[str] = Counter()
+    for parameter in parameters(spec):
+        part = _part(parameter)
+        numel[part] += parameter.numel
+        nbytes[part] += sum(checkpoint.tensors[source.key].nbytes for source in parameter.parts)
+    total = numel.total()
+    return {part: {"parameters": count, "share": count / total, "bytes": nbytes[part]} for part, count in numel.items()}
+
+
+def _part(parameter: Parameter) -> str:
+    pattern = ".".join("*" if step.isdecimal() else step for step in parameter.path.split(".")) + "."
+    return next(part for part, starts in _PARTS.items() if any(pattern.startswith(f"{s}.") for s in starts))
+
+
+def describe_onnx(path: Path) -> dict[str, Any]:
+    """An ONNX file; its external weights are looked up, not read.
+
+    Raises:
+        UsageError: it is no whole ONNX model.
+    """
+    model = read_onnx(path)
+
+    constants = {initializer.name for initializer in model.graph.initializer}
+    return {
+        "kind": "onnx",
+        "path": str(path),
+        "bytes": path.stat().st_size,
+        "ir_version": model.ir_version,
+        "producer": f"{model.producer_name} {model.producer_version}".strip(),
+        "opsets": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
+        "nodes": len(model.graph.node),
+        "functions": {function.name: len(function.node) for function in model.functions},
+        "ops": executed_ops(model),
+        "inputs": [_onnx_tensor(v) for v in model.graph.input if v.name not in constants],
+        "outputs": [_onnx_tensor(v) for v in model.graph.output],
+        "initializers": len(model.graph.initializer),
+        "inline_bytes": inline_bytes(model),
+        "external": [
+            {
+                "location": file.location,
+                "tensors": file.tensors,
+                "bytes": file.nbytes,
+                "found": is_beside_model(file.location) and (path.parent / file.location).is_file(),
+            }
+            for file in external_files(model)
+        ],
+    }
+
+
+def _onnx_tensor(value: onnx.ValueInfoProto) -> dict[str, Any]:
+    kind = value.type.tensor_type
+    types = onnx.TensorProto.DataType
+    name = types.Name(kind.elem_type).lower() if kind.elem_type in types.values() else f"type {kind.elem_type}"
+    return {
+        "name": value.name,
+        "dtype": {"float": "float32", "double": "float64"}.get(name, name),  # as the other tables say
+        "axes": [d.dim_param or (d.dim_value if d.HasField("dim_value") else "?") for d in kind.shape.dim],
+    }
+
+
+def describe_safetensors(path: Path) -> dict[str, Any]:
+    """A safetensors file, from its header, which was checked against the file.
+
+    Raises:
+        UsageError: it is no file.
+        CheckpointError: it is no safetensors file down to the last byte.
+    """
+    with SafetensorsFile(path) as file:
+        return {
+            "kind": "safetensors",
+            "path": str(path),
+            "bytes": file.size,
+            "metadata": dict(file.metadata),
+            "dtypes": _dtypes(file.tensors.values()),
+            "parameters": sum(info.nbytes // info.dtype.itemsize for info in file.tensors.values()),
+            "tensors": {
+                key: {"dtype": _dtype(info), "shape": list(info.shape), "bytes": info.nbytes}
+                for key, info in file.tensors.items()
+            },
+        }
+
+
+def _dtype(info: TensorInfo) -> str:
+    return str(info.dtype).removeprefix("torch.")
+
+
+def _dtypes(tensors: Iterable[TensorInfo]) -> dict[str, dict[str, int]]:
+    """How many tensors there are of each dtype, and their bytes."""
+    found: dict[str, dict[str, int]] = {}
+    for info in tensors:
+        entry = found.setdefault(_dtype(info), {"tensors": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["bytes"] += info.nbytes
+    return found

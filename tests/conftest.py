@@ -1,0 +1,154 @@
+"""What tests of several stages share: tiny models, their graphs traced once per session, and a tiny bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from unittest import mock
+
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+
+from mmdit_deploy.checkpoint import write_safetensors
+from mmdit_deploy.checkpoint.keys import parameters
+from mmdit_deploy.checkpoint.weights import (
+    RandomWeights,
+    WeightSource,
+    read_parameter,
+    stream_parts,
+    weights_layout,
+)
+from mmdit_deploy.contract import Contract, Range
+from mmdit_deploy.export import ExportRequest, export
+from mmdit_deploy.graph.pipeline import Graphs, build_graphs
+from mmdit_deploy.graph.trace import trace
+from mmdit_deploy.model import MMDiT, Call
+from mmdit_deploy.spec import PRECISIONS, ModelSpec
+
+# Every axis from one up: parity is shown at the ends of what is possible, not of what is usual.
+WIDE_RANGES = {"batch": Range(1, 2, 8), "img_tokens": Range(1, 64, 4096), "txt_tokens": Range(1, 16, 256)}
+# Widths of their own wherever the architecture has one, so that no two axes can be confused.
+TINY = ModelSpec(
+    "tiny",
+    depth=2,
+    num_heads=2,
+    head_dim=32,
+    latent_channels=4,
+    out_channels=3,
+    txt_dim=24,
+    pooled_dim=20,
+    cond_dim=40,
+    pos_max_size=72,
+    pos_base_size=16,
+)
+
+_FUNCTIONS: dict[tuple[ModelSpec, str, torch.dtype], ir.Function] = {}
+_GRAPHS: dict[object, Graphs] = {}
+
+
+@pytest.fixture(scope="session")
+def tiny_spec() -> ModelSpec:
+    """Two joint blocks of width 64 with QK norm."""
+    return TINY
+
+
+def _trace_kinds(spec: ModelSpec, calls: Sequence[Call], dtype: torch.dtype) -> dict[str, ir.Function]:
+    """What `trace_kinds` gives, with each function traced once per session.
+
+    A function depends on the spec less its depth, and on which block it is, which its name says.
+    """
+    shared = dataclasses.replace(spec, name="", depth=1, dual_attention_blocks=())
+    functions = {}
+    for call in calls:
+        name = call.kind.function
+        of = shared if "JointBlock" in name else dataclasses.replace(shared, qk_norm=True)
+        key = (of, name, dtype)
+        if key not in _FUNCTIONS:
+            _FUNCTIONS[key] = trace(call.kind, dtype)
+        functions[name] = _FUNCTIONS[key]
+    return functions
+
+
+@pytest.fixture(scope="session")
+def graphs_of() -> Callable[..., Graphs]:
+    """Builds a model's graphs through the whole pipeline, tracing no function twice in a session.
+
+    ``graphs_of(spec, precision="fp32", dialects=("ort",), outputs=())``; what it returns is shared: copy a graph
+    before changing it.
+    """
+
+    def build(
+        spec: ModelSpec,
+        precision: str = "fp32",
+        dialects: Sequence[str] = ("ort",),
+        outputs: Sequence[str] = (),
+    ) -> Graphs:
+        key = (spec, precision, tuple(dialects), tuple(outputs))
+        if key not in _GRAPHS:
+            compute = PRECISIONS[precision]
+            layout = weights_layout(spec, getattr(torch, compute.dtype), {"format": "pt"})
+            contract = Contract.of(spec, compute, WIDE_RANGES, outputs=outputs)
+            with mock.patch(
+                "mmdit_deploy.graph.pipeline.trace_kinds",
+                lambda calls, dtype: _trace_kinds(spec, calls, dtype),
+            ):
+                _GRAPHS[key] = build_graphs(spec, contract, compute, layout, dialects=dialects, outputs=outputs)
+        return _GRAPHS[key]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def save_graphs() -> Callable[..., Path]:
+    """Writes graphs and their weights side by side, as a bundle has them.
+
+    ``save_graphs(folder, spec, source, graphs, precision="fp32")``
+    """
+
+    def save(
+        folder: Path, spec: ModelSpec, source: WeightSource, graphs: Graphs, precision: str = "fp32"
+    ) -> Path:
+        dtype = getattr(torch, PRECISIONS[precision].dtype)
+        folder.mkdir(parents=True, exist_ok=True)
+        files: Mapping[str, onnx.ModelProto] = {
+            "model.onnx": graphs.standard,
+            **{f"model.{dialect}.onnx": graph for dialect, graph in graphs.lowered.items()},
+        }
+        for name, graph in files.items():
+            onnx.save(graph, folder / name)
+        layout = weights_layout(spec, dtype, {"format": "pt"})
+        write_safetensors(folder / "weights.safetensors", layout, stream_parts(spec, source, dtype))
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def eager_model() -> Callable[[ModelSpec, WeightSource], MMDiT]:
+    """Our eager model in fp32, with a source's weights."""
+
+    def load(spec: ModelSpec, source: WeightSource) -> MMDiT:
+        with torch.device("meta"):
+            model = MMDiT(spec)
+        state = {p.path: read_parameter(source, p, torch.float32) for p in parameters(spec)}
+        model.load_state_dict(state, strict=True, assign=True)
+        return model.eval()
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An fp16 bundle for ort-cpu with random weights (seed 0), not verified; not to be changed."""
+    out = tmp_path_factory.mktemp("bundles") / "tiny-fp16"
+    request = ExportRequest(
+        TINY, RandomWeights(0), PRECISIONS["fp16"], out=out, ranges=WIDE_RANGES, verify=False
+    )
+    with mock.patch(
+        "mmdit_deploy.graph.pipeline.trace_kinds", lambda calls, dtype: _trace_kinds(TINY, calls, dtype)
+    ):
+        export(request)
+    return out
