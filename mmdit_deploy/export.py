@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,9 +19,11 @@ from mmdit_deploy.bundle import staged_bundle, write_manifest
 from mmdit_deploy.checkpoint import check_free_space, write_safetensors
 from mmdit_deploy.checkpoint.weights import RandomWeights, WeightSource, stream_parts, weights_layout
 from mmdit_deploy.contract import Contract, Range
-from mmdit_deploy.errors import ParityError
+from mmdit_deploy.errors import MachineError, ParityError, UsageError
 from mmdit_deploy.graph.pipeline import Graphs, build_graphs
 from mmdit_deploy.report import verdict_text, write_html
+from mmdit_deploy.runtime import PROVIDERS
+from mmdit_deploy.runtime.ort import import_onnxruntime
 from mmdit_deploy.spec import ModelSpec, Precision
 from mmdit_deploy.verify import (
     EngineUnderTest,
@@ -112,13 +115,41 @@ def preflight(request: ExportRequest) -> Preflight:
     Raises:
         MMDiTError: what the request breaks; nothing was written.
     """
-    check_targets(request.targets)
-    Contract.of(request.spec, request.precision, request.ranges, outputs=request.outputs)
+    _checked(request)
     layout = weights_layout(request.spec, getattr(torch, request.precision.dtype))
     numel = sum(t.nbytes for t in layout.tensors.values()) // request.precision.itemsize
     disk = (0 if request.graph_only else layout.total_bytes) + 32 * 2**20  # graphs, reference and report
-    check_free_space(request.directory, disk)
+    # The parents of the bundle are made with it; the disk is that of the first one there is.
+    parent = next(p for p in request.directory.absolute().parents if os.path.isdir(p))
+    check_free_space(parent / request.directory.name, disk)
     return Preflight(numel, layout.total_bytes, disk)
+
+
+def _checked(request: ExportRequest) -> tuple[tuple[str, ...], Contract]:
+    """The targets and the contract, after all checks that cost nothing."""
+    targets, spec = check_targets(request.targets), request.spec
+    blocks = [f"blocks.{i}" for i in range(spec.depth)]
+    if len(set(request.outputs)) < len(request.outputs) or not set(request.outputs) <= set(blocks):
+        raise UsageError(
+            f"outputs are named {blocks[0]} to {blocks[-1]}, each once",
+            received=", ".join(ascii(name) for name in request.outputs),
+            fix="name blocks of this model",
+        )
+    if request.verify and not request.graph_only:
+        for target in targets:
+            _check_runs_here(target)
+    return targets, Contract.of(spec, request.precision, request.ranges, outputs=request.outputs)
+
+
+def _check_runs_here(target: str) -> None:
+    """Verification runs the engine: say what is missing before gigabytes are written, not after."""
+    available = import_onnxruntime(target).get_available_providers()
+    if PROVIDERS[target] not in available:
+        raise MachineError(
+            f"verifying the target {target} runs it on ONNX Runtime's {PROVIDERS[target]}",
+            received=f"this installation has {', '.join(available)}",
+            fix="export where it runs (pip install 'mmdit-deploy[gpu]'), or add --no-verify",
+        )
 
 
 @dataclass(frozen=True)
@@ -141,9 +172,8 @@ def export(request: ExportRequest, log: Log = lambda _: None) -> ExportResult:
         MMDiTError: anything else that the request or this machine does not allow.
     """
     spec, precision = request.spec, request.precision
-    targets = check_targets(request.targets)
+    targets, contract = _checked(request)
     dtype = getattr(torch, precision.dtype)
-    contract = Contract.of(spec, precision, request.ranges, outputs=request.outputs)
     dialects = {target: dialect_of(target, precision) for target in targets}
     layout = weights_layout(spec, dtype, {"format": "pt"})
     if isinstance(request.source, RandomWeights):

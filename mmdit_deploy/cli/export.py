@@ -175,8 +175,7 @@ def _model(args: argparse.Namespace, recipe: Recipe | None) -> tuple[ModelSpec, 
             _check_same(spec, preset(name))
         return spec, source
     if args.depth is not None:
-        depth = int(args.depth) if args.depth.lstrip("-").isdecimal() else args.depth
-        return from_depth(depth), RandomWeights(args.seed)
+        return from_depth(_depth(args.depth)), RandomWeights(args.seed)
     if name is not None:
         return preset(name), RandomWeights(args.seed)
     raise UsageError(
@@ -184,6 +183,14 @@ def _model(args: argparse.Namespace, recipe: Recipe | None) -> tuple[ModelSpec, 
         received="no CHECKPOINT, --preset, --depth or --recipe",
         fix="e.g. mmdit-export --depth 24 --fp16",
     )
+
+
+def _depth(text: str) -> Any:
+    """The number that a text says, or the text itself, which `from_depth` refuses in its own words."""
+    try:
+        return int(text)
+    except ValueError:  # no number, or one of more digits than Python reads
+        return text[:20]
 
 
 def _check_same(spec: ModelSpec, expected: ModelSpec) -> None:

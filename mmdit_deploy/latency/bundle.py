@@ -85,14 +85,16 @@ def bench_bundle(
     bundle = open_bundle(path)
     names = tuple(targets) or (runnable_target(bundle),)
     ranges = bundle.contract.ranges
-    tokens = img_tokens or ranges["img_tokens"].opt
+    sizes = {
+        "batch": batch or ranges["batch"].opt,
+        "img_tokens": img_tokens or ranges["img_tokens"].opt,
+        "txt_tokens": txt_tokens or ranges["txt_tokens"].opt,
+    }
+    # Before anything of that size is made: the engine's own check would come after the rivals' first run.
+    bundle.contract.check({t.name: (t.dtype, t.shape(sizes)) for t in bundle.contract.inputs})
+    tokens = sizes["img_tokens"]
     side = max(1, round(tokens**0.5))
-    case = Case(
-        batch or ranges["batch"].opt,
-        *fit_grid(side, side, tokens, tokens),
-        txt_tokens or ranges["txt_tokens"].opt,
-        500.0,
-    )
+    case = Case(sizes["batch"], *fit_grid(side, side, tokens, tokens), sizes["txt_tokens"], 500.0)
     device = torch.device("cuda" if any(name == "ort-cuda" for name in names) else "cpu")
     inputs = {name: t.to(device) for name, t in case_inputs(case, bundle.contract).items()}
 
@@ -145,7 +147,8 @@ def _torch_rivals(
     try:
         compiled()
     except Exception as error:  # no compiler, or a backend that this machine lacks
-        not_run["torch.compile"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+        said = next(iter(str(error).strip().splitlines()), "no message")
+        not_run["torch.compile"] = f"{type(error).__name__}: {said[:200]}"
     return (how, eager), (how, compiled)
 
 

@@ -59,11 +59,11 @@ class EngineCalls:
     """What ships: the lowered graph of a bundle, cut at its calls, with the weights where the graph says they are."""
 
     def __init__(self, graph: Path, target: str, dtype: torch.dtype):
-        self._model = onnx.load(graph, load_external_data=False)
+        self.model = onnx.load(graph, load_external_data=False)
         self._folder, self._target, self._dtype = graph.parent, target, dtype
 
     def load(self, call: Call) -> _EngineCall:
-        part = extract_call(self._model, call.path)
+        part = extract_call(self.model, call.path)
         session = open_session(part.SerializeToString(), self._target, weights_folder=self._folder)
         return _EngineCall(session, call, self._dtype)
 

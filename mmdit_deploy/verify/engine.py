@@ -16,7 +16,7 @@ from mmdit_deploy.build import execution_of
 from mmdit_deploy.checkpoint.keys import parameters
 from mmdit_deploy.checkpoint.weights import WeightSource
 from mmdit_deploy.contract import Contract
-from mmdit_deploy.model import calls
+from mmdit_deploy.model import Call, calls
 from mmdit_deploy.runtime import open_session, run_session
 from mmdit_deploy.spec import ModelSpec, Precision
 from mmdit_deploy.verify.cases import case_inputs
@@ -25,6 +25,7 @@ from mmdit_deploy.verify.records import Case, Check, Verdict
 from mmdit_deploy.verify.reference import Reference, ReferenceRecorder
 from mmdit_deploy.verify.streaming import Progress, check_output, replay_parity, stream_parity
 from mmdit_deploy.verify.tolerances import TOLERANCES
+from mmdit_deploy.verify.wiring import check_wiring
 
 # Anonymous memory of an ONNX Runtime CPU session over bytes of weights as fp32: the copy that is computed with, and
 # activations. Measured with 2.03 B parameters in fp16: 10.0 GB (1.23), and some room.
@@ -75,7 +76,7 @@ def verify_against_weights(
         chain,
         engine.contract,
         EagerCalls(engine.spec, source),
-        _engine_calls(engine),
+        _engine_calls(engine, chain),
         cases,
         tolerance,
         record=record,
@@ -102,7 +103,7 @@ def verify_against_reference(
     chain = calls(engine.spec, engine.outputs)
     tolerance = TOLERANCES[engine.precision.name]
     checks = replay_parity(
-        chain, engine.contract, _engine_calls(engine), reference, tolerance, progress=progress
+        chain, engine.contract, _engine_calls(engine, chain), reference, tolerance, progress=progress
     )
     count = range(len(reference.cases))
     inputs, samples = [reference.inputs(i) for i in count], [reference.sample(i) for i in count]
@@ -110,8 +111,10 @@ def verify_against_reference(
     return _verdict(engine, weights, checks, reference.cases, inputs, samples, start, source)
 
 
-def _engine_calls(engine: EngineUnderTest) -> EngineCalls:
-    return EngineCalls(engine.graph, engine.target, getattr(torch, engine.precision.dtype))
+def _engine_calls(engine: EngineUnderTest, chain: Sequence[Call]) -> EngineCalls:
+    engine_calls = EngineCalls(engine.graph, engine.target, getattr(torch, engine.precision.dtype))
+    check_wiring(engine_calls.model, chain)
+    return engine_calls
 
 
 def _verdict(

@@ -31,8 +31,8 @@ class _Attention3D(RewriteRuleClassBase):
         if not _merges_heads(merged.shape, q.shape, v.shape):
             return result.fail("the result is not merged to (B, N, H·D)", merged)
         attributes = attended.producer().attributes
-        if any(attributes.get_int(name, 0) for name in ("is_causal", "qk_matmul_output_mode", "softmax_precision")):
-            return result.fail("causal, with a softmax of its own precision, or with the scores as an output", attended)
+        if any(attributes.get_int(name, 0) for name in ("is_causal", "qk_matmul_output_mode")):
+            return result.fail("causal, or with the scores as an output", attended)
         return result
 
     def rewrite(self, op: Any, q: Any, k: Any, v: Any, attended: Any, **_: Any) -> Any:
@@ -43,7 +43,8 @@ class _Attention3D(RewriteRuleClassBase):
         q_BNC, k_BNC, v_BNC = (
             like(op.Reshape(t, merges[w]), t, [*t.shape[:2], w]) for t, w in zip((q, k, v), widths, strict=True)
         )
-        kept = {n: a for n, a in attended.producer().attributes.items() if n in ("scale", "softcap")}
+        attributes = attended.producer().attributes
+        kept = {n: a for n, a in attributes.items() if n in ("scale", "softcap", "softmax_precision")}
         return op.Attention(q_BNC, k_BNC, v_BNC, q_num_heads=q.shape[2], kv_num_heads=k.shape[2], **kept)
 
 
