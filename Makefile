@@ -16,23 +16,26 @@ help:
 	@echo 'PYTHON=python3.12 chooses the Python (3.11 or later) that .venv is made with.'
 	@echo 'PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gets PyTorch without CUDA: 0.2 GB, not 3 GB.'
 
-# .venv/.complete says what was installed, and where: a folder that was moved, another list of packages, a
-# .venv whose Python is gone, or an installation that was broken off are all set up again.
+# .venv/.complete says what was installed, and where. With another list of packages they are installed again; a
+# .venv that was moved, whose Python is gone, or whose installation was broken off is made anew.
 setup:
 	@want="$$(cat pyproject.toml constraints.txt | cksum) $$PWD"; \
-	if [ "$$(cat $(VENV)/.complete 2>/dev/null)" = "$$want" ] \
-	    && $(BIN)/python -P -c 'import mmdit_deploy, torch.version' 2>/dev/null; then exit 0; fi; \
+	if [ "$$(cat $(VENV)/.complete 2>/dev/null)" = "$$want" ] && $(BIN)/python -P -c \
+	    'import mmdit_deploy; from importlib.metadata import version; version("torch")' 2>/dev/null; \
+	then exit 0; fi; \
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	    echo 'This project needs Python 3.11 or later; $(PYTHON) is none. Try: make PYTHON=python3.12 …' >&2; exit 1; }; \
-	if [ -e $(VENV)/.incomplete ] || ! [ -e $(VENV)/.complete ] || ! $(BIN)/python -m pip --version >/dev/null 2>&1 \
-	    || [ "$$(sed 's/^[0-9]* [0-9]* //' $(VENV)/.complete)" != "$$PWD" ]; then \
+	    echo 'This needs Python 3.11 or later; $(PYTHON) is none. Try: make PYTHON=python3.12 …' >&2; exit 1; }; \
+	if [ -e $(VENV)/.incomplete ] || ! $(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	    [ -e $(VENV)/.complete ] && [ "$$(sed 's/^[0-9]* [0-9]* //' $(VENV)/.complete)" != "$$PWD" ]; }; \
+	then \
 	    $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
-	        echo '$(PYTHON) has no venv. On Debian and Ubuntu: apt install python3-venv; or make PYTHON=… with one that has.' >&2; \
-	        exit 1; }; \
+	        echo '$(PYTHON) cannot make a venv. On Debian and Ubuntu: apt install python3-venv;' >&2; \
+	        echo 'or name another Python: make PYTHON=…' >&2; exit 1; }; \
 	    $(PYTHON) -m venv --clear $(VENV) || exit 1; \
 	fi; \
 	touch $(VENV)/.incomplete; rm -f $(VENV)/.complete; \
-	$(BIN)/python -m pip install "$$(grep '^torch==' constraints.txt)" -c constraints.txt -e '.[cpu,dev]' || exit 1; \
+	$(BIN)/python -m pip install "$$(grep '^torch==' constraints.txt)" -c constraints.txt -e '.[cpu,dev]' \
+	    || exit 1; \
 	echo "$$want" > $(VENV)/.complete; rm -f $(VENV)/.incomplete
 
 export: setup

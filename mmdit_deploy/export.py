@@ -32,6 +32,8 @@ from mmdit_deploy.verify import (
     default_cases,
     verify_against_weights,
 )
+from mmdit_deploy.verify.reference import FILE_NAME as REFERENCE
+from mmdit_deploy.verify.reference import MAX_BYTES
 
 WEIGHTS = "weights.safetensors"
 STANDARD = "model.onnx"
@@ -224,7 +226,9 @@ def export(request: ExportRequest, log: Log = lambda _: None) -> ExportResult:
                 )
                 log(verdict_text(verdicts[-1]))
             _refuse_failures(verdicts)
-            recorder.write(folder)
+            kept = recorder.write(folder)
+            if kept < len(cases):
+                log(f"{REFERENCE}: {kept} of {len(cases)} cases fit into its {MAX_BYTES >> 20} MiB")
         fields = _manifest_fields(request, contract, graphs, dialects, verdicts)
         _write_reports(folder, fields, verdicts)
         write_manifest(folder, fields, hashes)

@@ -63,7 +63,7 @@ def verify_bundle(
     if FILE_NAME not in bundle.manifest.files:
         raise BundleError(
             f"without a checkpoint, verification needs the bundle's {FILE_NAME}",
-            received="it was exported with --no-verify",
+            received="it was exported with --no-verify, or no case was small enough to be recorded",
             fix="add --checkpoint PATH (or --full for random weights), or export it again",
         )
     origin = bundle.manifest.fields["weights"]["origin"]

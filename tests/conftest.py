@@ -58,13 +58,16 @@ def tiny_spec() -> ModelSpec:
 def _trace_kinds(spec: ModelSpec, calls: Sequence[Call], dtype: torch.dtype) -> dict[str, ir.Function]:
     """What `trace_kinds` gives, with each function traced once per session.
 
-    A function depends on the spec less its depth, and on which block it is, which its name says.
+    What kind of block it is, its name says; its depth is none of it.
     """
-    shared = dataclasses.replace(spec, name="", depth=1, dual_attention_blocks=())
+    block = ModelSpec(
+        "", 1, spec.num_heads, spec.head_dim, mlp_ratio=spec.mlp_ratio, qk_norm=spec.qk_norm
+    )
+    other = dataclasses.replace(spec, name="", depth=1, dual_attention_blocks=(), qk_norm=True)
     functions = {}
     for call in calls:
         name = call.kind.function
-        of = shared if "JointBlock" in name else dataclasses.replace(shared, qk_norm=True)
+        of = block if "JointBlock" in name else other
         key = (of, name, dtype)
         if key not in _FUNCTIONS:
             _FUNCTIONS[key] = trace(call.kind, dtype)

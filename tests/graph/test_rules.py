@@ -105,7 +105,7 @@ CASES = {
             "masked": attention("{0,0,16}", extra=", mask"),
             "tokens and heads merged": attention("{0,-1,8}").replace("float[B,N,16] y", "float[B,P,8] y"),
             "batch and tokens merged": attention("{1,-1,16}").replace("float[B,N,16] y", "float[1,P,16] y"),
-            "transposed otherwise": attention("{0,0,16}").replace("t = Transpose<perm=[0,2,1,3]>", "t = Identity"),
+            "transposed otherwise": attention("{0,-1,16}").replace(" t = Transpose<perm=[0,2,1,3]>", " t = Identity"),
         },
     ),
     "multi-head attention": Case(

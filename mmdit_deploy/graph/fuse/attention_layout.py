@@ -39,7 +39,7 @@ class _Attention3D(RewriteRuleClassBase):
         # The width is written out: where N is symbolic, ONNX's shape inference makes nothing of a -1, and of an
         # Attention whose width is unknown it makes a wrong shape, with which ONNX Runtime refuses the graph.
         widths = [t.shape[2] * t.shape[3] for t in (q, k, v)]
-        merges = {w: op.Constant(value=ir.tensor([0, 0, w], dtype=ir.DataType.INT64)) for w in widths}
+        merges = {w: op.Constant(value=ir.tensor([0, 0, w], dtype=ir.DataType.INT64)) for w in dict.fromkeys(widths)}
         q_BNC, k_BNC, v_BNC = (
             like(op.Reshape(t, merges[w]), t, [*t.shape[:2], w]) for t, w in zip((q, k, v), widths, strict=True)
         )

@@ -37,7 +37,7 @@ def _emulate_body(body: ir.Graph | ir.Function, functions: set[tuple[str, str, s
             continue
         rounds = node.op_type not in MOVES_DATA and node.op_identifier() not in functions
         for out in node.outputs:
-            if out.dtype != ir.DataType.BFLOAT16:
+            if out.dtype != ir.DataType.BFLOAT16 or _is_rounding(body, node):
                 continue
             if node.op_type == "Cast":  # Cast(to=bf16) is the rounding itself
                 _append_casts(body, node, out, (ir.DataType.FLOAT,))
@@ -51,10 +51,10 @@ def _emulate_body(body: ir.Graph | ir.Function, functions: set[tuple[str, str, s
 
 def _emulate_graph(graph: ir.Graph, functions: set[tuple[str, str, str]]) -> int:
     """The top level: bf16 stays at the graph's edge and in the weights file, fp32 flows between calls."""
+    is_narrow = [v.dtype == ir.DataType.BFLOAT16 for v in graph.outputs]
     count = _emulate_body(graph, functions)
-    outputs = [v for v in graph.outputs if v.dtype == ir.DataType.FLOAT]
     for value in [*graph.inputs, *graph.initializers.values()]:
-        if value.dtype == ir.DataType.BFLOAT16:
+        if value.dtype == ir.DataType.BFLOAT16 and not _only_widened(value):
             uses = list(value.uses())
             cast = ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT})
             wide = cast.outputs[0]
@@ -68,7 +68,7 @@ def _emulate_graph(graph: ir.Graph, functions: set[tuple[str, str, str]]) -> int
             graph.insert_before(graph[0], cast)
             count += 1
     for i, value in enumerate(graph.outputs):
-        if value in outputs:
+        if is_narrow[i] and value.dtype == ir.DataType.FLOAT:
             name, value.name = value.name, f"{value.name}.fp32"
             cast = ir.node("Cast", [value], attributes={"to": ir.DataType.BFLOAT16})
             narrow = cast.outputs[0]
@@ -77,6 +77,20 @@ def _emulate_graph(graph: ir.Graph, functions: set[tuple[str, str, str]]) -> int
             graph.outputs[i] = narrow
             count += 1
     return count
+
+
+def _is_rounding(body: ir.Graph | ir.Function, node: ir.Node) -> bool:
+    """Whether a node is a Cast(to=bf16) that nobody reads in bf16, but for the caller of the whole graph."""
+    if node.op_type != "Cast" or not _only_widened(node.outputs[0]):
+        return False
+    return isinstance(body, ir.Graph) or node.outputs[0] not in body.outputs
+
+
+def _only_widened(value: ir.Value) -> bool:
+    """Whether every reader of a bf16 value is a Cast(to=fp32)."""
+    return all(
+        node.op_type == "Cast" and node.attributes.get_int("to") == ir.DataType.FLOAT for node, _ in value.uses()
+    )
 
 
 def _append_casts(

@@ -1,0 +1,125 @@
+"""What a model may be: presets, rules, and refusals that say rule, received and fix."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from mmdit_deploy.checkpoint.keys import parameters
+from mmdit_deploy.errors import MMDiTError, SpecError, UsageError
+from mmdit_deploy.spec import PRECISIONS, PRESETS, BlockSpec, ModelSpec, from_depth, precision, preset
+
+
+def count(spec: ModelSpec) -> int:
+    return sum(p.numel for p in parameters(spec))
+
+
+def assert_says_rule_received_and_fix(error: MMDiTError, received: str) -> None:
+    assert error.rule and error.fix and error.received is not None
+    assert received in error.received
+    assert all(part in str(error) for part in (error.rule, error.received, error.fix))
+    assert error.exit_status == 2
+
+
+@pytest.mark.parametrize(
+    ("spec", "billions"),
+    [
+        (from_depth(24), 2.03),
+        (PRESETS["sd3-medium"], 2.03),
+        (PRESETS["sd3.5-large"], 8.06),
+        (PRESETS["sd3.5-medium"], 2.24),  # its card says 2.5 B: with the position table of 226 million values
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_parameter_counts_are_the_published_ones(spec: ModelSpec, billions: float) -> None:
+    assert round(count(spec) / 1e9, 2) == billions
+
+
+def test_qk_norm_is_all_that_parts_depth_24_from_sd3_medium() -> None:
+    ours, medium = from_depth(24), PRESETS["sd3-medium"]
+    assert count(ours) - count(medium) == 24 * 4 * 64
+    assert dataclasses.replace(ours, name=medium.name, qk_norm=False) == medium
+
+
+def test_the_tables_of_sd35_medium_and_sd3() -> None:
+    assert PRESETS["sd3.5-medium"].max_img_tokens == 384**2
+    assert PRESETS["sd3.5-large"].max_img_tokens == PRESETS["sd3-medium"].max_img_tokens == 192**2
+
+
+@pytest.mark.parametrize("depth", [1, 2, 24, 128])
+def test_depth_sets_everything(depth: int) -> None:
+    spec = from_depth(depth)
+    assert (spec.depth, spec.num_heads, spec.width, spec.mlp_width) == (depth, depth, 64 * depth, 256 * depth)
+    assert (spec.img_dim, spec.out_dim, spec.txt_dim, spec.pooled_dim) == (64, 64, 4096, 2048)
+    assert spec.cond_dim == spec.width and spec.qk_norm and not spec.dual_attention_blocks
+
+
+@pytest.mark.parametrize("depth", [0, -3, 129, 10_000, "x", "24", 2.0, None, True])
+def test_a_depth_that_is_none_is_refused(depth: object) -> None:
+    with pytest.raises(SpecError) as caught:
+        from_depth(depth)  # type: ignore[arg-type]
+    assert_says_rule_received_and_fix(caught.value, repr(depth))
+    assert "1 to 128" in caught.value.rule
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule", "received"),
+    [
+        ({"num_heads": 0}, "num_heads", "0"),
+        ({"num_heads": 2.0}, "num_heads", "2.0"),
+        ({"head_dim": 12}, "head_dim must be a multiple of 8", "12"),
+        ({"txt_dim": -1}, "txt_dim", "-1"),
+        ({"patch_size": True}, "patch_size", "True"),
+        ({"cond_dim": -8}, "cond_dim", "-8"),
+        ({"mlp_ratio": 0}, "mlp_ratio", "0"),
+        ({"mlp_ratio": math.nan}, "mlp_ratio", "nan"),
+        ({"mlp_ratio": 1.001}, "mlp_ratio", "1.001"),
+        ({"dual_attention_blocks": (0, 2)}, "blocks 0 to 1", "[2]"),
+        ({"dual_attention_blocks": (-1,)}, "blocks 0 to 1", "[-1]"),
+    ],
+)
+def test_rules(tiny_spec: ModelSpec, changes: dict[str, object], rule: str, received: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        dataclasses.replace(tiny_spec, **changes)
+    assert rule in caught.value.rule
+    assert_says_rule_received_and_fix(caught.value, received)
+
+
+def test_block_kinds() -> None:
+    spec = ModelSpec("m", depth=4, num_heads=2, dual_attention_blocks=(1, 0, 1))
+    dual = BlockSpec(dual_attention=True)
+    assert spec.dual_attention_blocks == (0, 1)
+    assert spec.blocks == (dual, dual, BlockSpec(), BlockSpec(text_ends=True))
+    assert [b.img_modulations for b in spec.blocks] == [9, 9, 6, 6]
+    assert [b.txt_modulations for b in spec.blocks] == [6, 6, 6, 2]
+    assert [b.attentions for b in spec.blocks] == [2, 2, 1, 1]
+    (only,) = ModelSpec("m", depth=1, num_heads=2, dual_attention_blocks=(0,)).blocks
+    assert only == BlockSpec(dual_attention=True, text_ends=True)
+
+
+@pytest.mark.parametrize("spec", [*PRESETS.values(), from_depth(3)], ids=lambda s: s.name)
+def test_json_round_trip(spec: ModelSpec) -> None:
+    assert ModelSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+    assert hash(ModelSpec.from_json(spec.to_json())) == hash(spec)
+
+
+def test_json_of_another_version_is_refused(tiny_spec: ModelSpec) -> None:
+    data = tiny_spec.to_json()
+    for broken, received in (({**data, "rope": 1}, "rope"), ({"name": "m", "depth": 1}, "num_heads")):
+        with pytest.raises(SpecError) as caught:
+            ModelSpec.from_json(broken)
+        assert_says_rule_received_and_fix(caught.value, received)
+
+
+def test_unknown_names_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(UsageError) as caught:
+        preset("sd4")
+    assert_says_rule_received_and_fix(caught.value, "sd4")
+    assert all(name in caught.value.rule for name in PRESETS)
+    with pytest.raises(UsageError) as caught:
+        precision("fp8")
+    assert_says_rule_received_and_fix(caught.value, "fp8")
+    assert preset("sd3.5-large") is PRESETS["sd3.5-large"] and precision("bf16") is PRECISIONS["bf16"]

@@ -1,0 +1,81 @@
+"""The shipped recipes are right, and a wrong one is refused in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mmdit_deploy.contract import Contract, Range
+from mmdit_deploy.errors import UsageError
+from mmdit_deploy.recipes import load_recipe, recipe_names
+from mmdit_deploy.spec import PRESETS, precision, preset
+
+GOOD = """description = "one of mine"
+preset = "sd3-medium"
+precision = "fp16"
+"""
+
+
+def test_there_is_a_recipe_per_model_and_precision() -> None:
+    assert set(recipe_names()) == {f"{model}-{p}" for model in PRESETS for p in ("fp16", "bf16")}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_recipes_make_a_contract(name: str) -> None:
+    recipe = load_recipe(name)
+    assert name == recipe.name == f"{recipe.preset}-{recipe.precision}"
+    assert recipe.targets == ("ort-cpu",)
+    contract = Contract.of(preset(recipe.preset), precision(recipe.precision), recipe.ranges)
+    assert contract.ranges == recipe.ranges
+
+
+def test_a_file_needs_three_keys_only(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(GOOD)
+    recipe = load_recipe(path)
+    assert (recipe.name, recipe.preset, recipe.targets, recipe.ranges) == ("mine", "sd3-medium", (), {})
+    path.write_text(GOOD + '[ranges]\nbatch = "2"\n')
+    assert load_recipe(str(path)).ranges == {"batch": Range(2, 2, 2)}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "missing"),
+        (GOOD + 'precison = "bf16"\n', "precison"),
+        (GOOD.replace('"fp16"', '"fp17"'), "fp32, fp16, bf16"),
+        (GOOD.replace('"fp16"', "16"), "text"),
+        (GOOD.replace("sd3-medium", "sd4"), "sd3.5-large"),
+        (GOOD + 'targets = "ort-cpu"\n', "list"),
+        (GOOD + "targets = [1]\n", "list"),
+        (GOOD + "ranges = 5\n", "table"),
+        (GOOD + '[ranges]\nheight = "1:2:3"\n', "img_tokens"),
+        (GOOD + "[ranges]\nbatch = 2\n", "MIN:OPT:MAX"),
+        (GOOD + '[ranges]\nbatch = "4:2:1"\n', "MIN ≤ OPT ≤ MAX"),
+        (GOOD + "[ranges\n", "TOML"),
+        ("\x00", "TOML"),
+    ],
+)
+def test_wrong_recipes_are_refused(text: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        load_recipe(path)
+    assert says in str(caught.value) and caught.value.received and caught.value.fix
+
+
+@pytest.mark.parametrize("name", ["sd4-fp16", "", "../export/sd3-medium-fp16", "missing.toml"])
+def test_unknown_names_list_the_known(name: str) -> None:
+    with pytest.raises(UsageError, match=r"sd3-medium-bf16, sd3-medium-fp16"):
+        load_recipe(name)
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="TOML"):
+        load_recipe(path)
+    with pytest.raises(UsageError, match="readable"):
+        (tmp_path / "folder.toml").mkdir()
+        load_recipe(tmp_path / "folder.toml")

@@ -1,0 +1,330 @@
+"""Verified tiny bundles, one per precision, and engines that are not what they should be."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import onnx
+import pytest
+import torch
+from torch import Tensor
+
+from mmdit_deploy.bundle import open_bundle, read_manifest, write_manifest
+from mmdit_deploy.checkpoint import SafetensorsFile
+from mmdit_deploy.checkpoint.weights import RandomWeights
+from mmdit_deploy.contract import Contract, Range
+from mmdit_deploy.export import ExportRequest, export
+from mmdit_deploy.graph.pipeline import Graphs
+from mmdit_deploy.spec import PRECISIONS, ModelSpec, Precision
+from mmdit_deploy.verification import verify_bundle
+from mmdit_deploy.verify import Case, EngineUnderTest, Verdict, verify_against_weights
+
+SEED = 3
+RANGES = {"batch": Range(1, 1, 2), "img_tokens": Range(4, 16, 48), "txt_tokens": Range(1, 8, 16)}
+# A wide and a square grid; a batch of two, so that timesteps differ within a batch.
+CASES = (Case(2, 3, 5, 7, timestep=500.25), Case(1, 4, 4, 8, timestep=999.0))
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A bundle of one's own, to break."""
+
+    path: Path
+
+    @property
+    def graph(self) -> Path:
+        (path,) = self.path.glob("model.ort*.onnx")
+        return path
+
+    def engine(self, **changes: Any) -> EngineUnderTest:
+        """Its engine, whatever the files have become."""
+        fields = read_manifest(self.path).fields
+        spec = ModelSpec.from_json(fields["spec"])
+        contract = Contract.from_json(fields["contract"])
+        compute = PRECISIONS[fields["precision"]]
+        return EngineUnderTest(self.path.name, self.graph, "ort-cpu", spec, contract, compute, **changes)
+
+    def verify(self, cases: Sequence[Case] = CASES, **changes: Any) -> Verdict:
+        """The verdict on its engine, against the model with the seed's weights."""
+        return verify_against_weights(self.engine(**changes), RandomWeights(SEED), cases)
+
+    def edit_graph(self, change: Callable[[onnx.ModelProto], None]) -> None:
+        model = onnx.load(self.graph, load_external_data=False)
+        before = model.SerializeToString()
+        change(model)
+        assert model.SerializeToString() != before
+        onnx.save(model, self.graph)
+
+    def edit_weights(self, change: Callable[[dict[str, Tensor]], None]) -> None:
+        """Change tensors by canonical key, in place: where each one lies stays the same."""
+        path = self.path / "weights.safetensors"
+        file = SafetensorsFile(path)
+        tensors = {key: file.read(key).clone() for key in file.tensors}
+        infos = dict(file.tensors)
+        file.close()
+        before = path.read_bytes()
+        change(tensors)
+        data = bytearray(before)
+        for key, info in infos.items():
+            raw = bytes(tensors[key].contiguous().reshape(-1).view(torch.uint8).numpy())
+            assert len(raw) == info.nbytes
+            data[info.offset : info.offset + info.nbytes] = raw
+        assert data != before
+        path.write_bytes(data)
+
+    def seal(self) -> Path:
+        """Make the manifest agree with the files again, as if the bundle had been written so."""
+        fields = read_manifest(self.path).fields
+        (self.path / "manifest.json").unlink()
+        write_manifest(self.path, fields)
+        open_bundle(self.path)
+        return self.path
+
+
+@pytest.fixture(scope="session")
+def quick_export(graphs_of: Callable[..., Graphs]) -> Callable[..., Any]:
+    """`export`, with the graphs that the session has traced already."""
+
+    def build(
+        spec: ModelSpec,
+        contract: Contract,
+        precision: Precision,
+        layout: object,
+        *,
+        dialects: Sequence[str],
+        outputs: Sequence[str] = (),
+    ) -> Graphs:
+        return graphs_of(spec, precision.name, dialects, outputs)
+
+    def run(request: ExportRequest, log: Callable[[str], None] = lambda _: None) -> Any:
+        with mock.patch("mmdit_deploy.export.build_graphs", build):
+            return export(request, log)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def healthy(
+    quick_export: Callable[..., Any], tiny_spec: ModelSpec, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """A verified bundle by precision; not to be changed."""
+    folder = tmp_path_factory.mktemp("healthy")
+
+    @functools.cache
+    def bundle(precision: str) -> Path:
+        request = ExportRequest(
+            tiny_spec, RandomWeights(SEED), PRECISIONS[precision], out=folder / precision, ranges=RANGES
+        )
+        path: Path = quick_export(request).path
+        return path
+
+    return bundle
+
+
+@pytest.fixture
+def copy_of(healthy: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Copy]:
+    """A copy of the healthy bundle of a precision, to break."""
+
+    def copy(precision: str) -> Copy:
+        return Copy(Path(shutil.copytree(healthy(precision), tmp_path / f"copy-{precision}")))
+
+    return copy
+
+
+@pytest.fixture
+def plant() -> Callable[[Copy, str], str]:
+    """Plant a fault by name; gives the call that is wrong first."""
+
+    def apply(copy: Copy, name: str) -> str:
+        fault = FAULTS[name]
+        (copy.edit_graph if fault.in_graph else copy.edit_weights)(fault.change)
+        return fault.first
+
+    return apply
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong, and the first call of the model that is wrong by it.
+
+    `blind`: precisions at which this model's random weights keep the effect within the tolerance, block by block.
+    `blind_replay`: the same for the final output alone, which is all that binds a block without its weights.
+    """
+
+    first: str
+    change: Callable[[Any], None]
+    in_graph: bool = False
+    blind: tuple[str, ...] = ()
+    blind_replay: tuple[str, ...] = ()
+
+
+def _swap(tensors: dict[str, Tensor], pairs: Mapping[str, str]) -> None:
+    for a, b in pairs.items():
+        tensors[a], tensors[b] = tensors[b], tensors[a]
+
+
+def _swap_rows(tensors: dict[str, Tensor], module: str, parts: int, a: int, b: int) -> None:
+    """Exchange two of the equal parts that a module's outputs are made of."""
+    for leaf in ("weight", "bias"):
+        chunks = list(tensors[f"{module}.{leaf}"].chunk(parts))
+        chunks[a], chunks[b] = chunks[b], chunks[a]
+        tensors[f"{module}.{leaf}"] = torch.cat(chunks)
+
+
+def _exchange(tensors: dict[str, Tensor], module: str, pairs: Mapping[str, str]) -> None:
+    """Exchange all tensors of sub-modules, e.g. ``to_q`` and ``to_k``."""
+    for a, b in pairs.items():
+        for key in [k for k in tensors if k.startswith(f"{module}.{a}.")]:
+            _swap(tensors, {key: key.replace(f"{module}.{a}.", f"{module}.{b}.")})
+
+
+def _flip_exponent_bit(tensors: dict[str, Tensor], key: str) -> None:
+    """The highest bit of the exponent of one weight: it becomes huge."""
+    flat = tensors[key].reshape(-1)
+    integer = {2: torch.int16, 4: torch.int32}[flat.dtype.itemsize]
+    bits = flat[37:38].view(integer)
+    bits ^= 1 << (8 * flat.dtype.itemsize - 2)
+
+
+def _zero(tensors: dict[str, Tensor], module: str) -> None:
+    for leaf in ("weight", "bias"):
+        tensors[f"{module}.{leaf}"].zero_()
+
+
+def _other_seed(tensors: dict[str, Tensor]) -> None:
+    from mmdit_deploy.checkpoint.keys import Part
+
+    for key, tensor in tensors.items():
+        tensors[key] = RandomWeights(SEED + 1).part(Part(key, tuple(tensor.shape))).to(tensor.dtype)
+
+
+def function(model: onnx.ModelProto, name: str) -> onnx.FunctionProto:
+    return next(f for f in model.functions if f.name == name)
+
+
+def _swap_split(model: onnx.ModelProto, name: str, value: str) -> None:
+    """Exchange the first two parts that a function splits a value into: scale and shift."""
+    split = next(n for n in function(model, name).node if n.op_type == "Split" and n.input[0] == value)
+    split.output[0], split.output[1] = split.output[1], split.output[0]
+
+
+def _drop_gate(model: onnx.ModelProto, name: str, value: str, part: int) -> None:
+    """gate · x  ⇒  x"""
+    body = function(model, name).node
+    gate = next(n for n in body if n.op_type == "Split" and n.input[0] == value).output[part]
+    product = next(n for n in body if n.op_type == "Mul" and gate in n.input)
+    (rest,) = (v for v in product.input if v != gate)
+    product.CopyFrom(onnx.helper.make_node("Identity", [rest], list(product.output)))
+
+
+def _before(model: onnx.ModelProto, name: str, value: str, op: str, constants: Sequence[onnx.TensorProto]) -> None:
+    """Let a function read ``op(value, *constants)`` in the place of one of its inputs."""
+    body = function(model, name)
+    for node in body.node:
+        for i, read in enumerate(node.input):
+            if read == value:
+                node.input[i] = f"{value}.changed"
+    names = [f"{value}.constant{i}" for i in range(len(constants))]
+    nodes = [
+        *(
+            onnx.helper.make_node("Constant", [], [n], value=t)
+            for n, t in zip(names, constants, strict=True)
+        ),
+        onnx.helper.make_node(
+            op, [value, *names], [f"{value}.changed"], **({"axis": 1} if op == "Gather" else {})
+        ),
+        *body.node,
+    ]
+    del body.node[:]
+    body.node.extend(nodes)
+
+
+def _int64(*values: int) -> onnx.TensorProto:
+    return onnx.helper.make_tensor("", onnx.TensorProto.INT64, [len(values)], values)
+
+
+def _thousandth(model: onnx.ModelProto) -> None:
+    thousandth = onnx.helper.make_tensor("", onnx.TensorProto.FLOAT, [], [1e-3])
+    _before(model, "MMDiTConditioning", "timestep", "Mul", [thousandth])
+
+
+def _reverse_ids(model: onnx.ModelProto) -> None:
+    constants = [_int64(-1), _int64(-(2**63)), _int64(0), _int64(-1)]
+    _before(model, "MMDiTImageEmbed", "img_ids", "Slice", constants)
+
+
+_BLOCK0, _BLOCK1 = "transformer_blocks.0", "transformer_blocks.1"
+_TO_TEXT = {"to_q": "add_q_proj", "to_k": "add_k_proj", "to_v": "add_v_proj", "to_out.0": "to_add_out"}
+_Q_TO_K = {"to_q": "to_k", "add_q_proj": "add_k_proj", "norm_q": "norm_k", "norm_added_q": "norm_added_k"}
+FAULTS: dict[str, Fault] = {
+    "scale and shift swapped in the weights": Fault(
+        "modulations.0.img", lambda t: _swap_rows(t, f"{_BLOCK0}.norm1.linear", 6, 0, 1)
+    ),
+    "scale and shift of the MLP swapped in the weights": Fault(
+        "modulations.1.img", lambda t: _swap_rows(t, f"{_BLOCK1}.norm1.linear", 6, 3, 4)
+    ),
+    "scale and shift swapped in the graph": Fault(
+        "blocks.0", lambda m: _swap_split(m, "MMDiTJointBlock", "img_modulation"), in_graph=True
+    ),
+    "order of the last text modulation in the weights": Fault(
+        "modulations.1.txt", lambda t: _swap_rows(t, f"{_BLOCK1}.norm1_context.linear", 2, 0, 1)
+    ),
+    "order of the last text modulation in the graph": Fault(
+        "blocks.1", lambda m: _swap_split(m, "MMDiTLastJointBlock", "txt_modulation"),
+        in_graph=True, blind=("bf16",), blind_replay=("bf16",),
+    ),  # fmt: skip
+    "order of the final modulation in the graph": Fault(
+        "final", lambda m: _swap_split(m, "MMDiTFinalLayer", "modulation"), in_graph=True
+    ),
+    "Q and K exchanged": Fault("blocks.1", lambda t: _exchange(t, f"{_BLOCK1}.attn", _Q_TO_K)),
+    # Within a stream, scores hold the product of the two norms: only image with text differs.
+    "norms of Q and K exchanged": Fault(
+        "blocks.0", lambda t: _exchange(t, f"{_BLOCK0}.attn", {"norm_q": "norm_k"}),
+        blind=("fp16", "bf16"), blind_replay=("fp16", "bf16"),
+    ),  # fmt: skip
+    "timestep without its factor of 1000": Fault("conditioning", _thousandth, in_graph=True),
+    "rows and columns of img_ids exchanged": Fault(
+        "img_embed", lambda m: _before(m, "MMDiTImageEmbed", "img_ids", "Gather", [_int64(1, 0)]), in_graph=True
+    ),
+    "img_ids in reverse order": Fault("img_embed", _reverse_ids, in_graph=True),
+    "gate of the attention dropped": Fault(
+        "blocks.0", lambda m: _drop_gate(m, "MMDiTJointBlock", "img_modulation", 2), in_graph=True
+    ),
+    "gate of the text MLP dropped": Fault(
+        "blocks.0", lambda m: _drop_gate(m, "MMDiTJointBlock", "txt_modulation", 5),
+        in_graph=True, blind_replay=("bf16",),
+    ),  # fmt: skip
+    "streams exchanged": Fault("blocks.0", lambda t: _exchange(t, f"{_BLOCK0}.attn", _TO_TEXT)),
+    "exponent bit flipped in a block": Fault(
+        "blocks.1", lambda t: _flip_exponent_bit(t, f"{_BLOCK1}.ff.net.0.proj.weight")
+    ),
+    "exponent bit flipped at the end": Fault("final", lambda t: _flip_exponent_bit(t, "proj_out.weight")),
+    "pooled text ignored": Fault(
+        "conditioning", lambda t: _zero(t, "time_text_embed.text_embedder.linear_2")
+    ),
+    "blocks exchanged": Fault("blocks.0", lambda t: _exchange(t, "transformer_blocks", {"0.ff": "1.ff"})),
+    "another seed": Fault("conditioning", _other_seed),
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parametrize over precisions, and over the faults that can be told at each."""
+    names = set(metafunc.fixturenames)
+    blind = "blind_replay" if "replayed" in names else "blind"
+    if "fault" in names:
+        pairs = [(f, p) for f, fault in FAULTS.items() for p in PRECISIONS if p not in getattr(fault, blind)]
+        metafunc.parametrize(("fault", "precision"), pairs)
+    elif "precision" in names:
+        metafunc.parametrize("precision", PRECISIONS)
+
+
+@pytest.fixture
+def replayed() -> Callable[[Copy], Verdict]:
+    """The verdict on a sealed copy, against what was recorded at export."""
+    return lambda copy: verify_bundle(copy.seal())

@@ -1,0 +1,136 @@
+"""A wrong engine is never within tolerance, and the first call that is wrong is known by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from mmdit_deploy.errors import GraphError
+from mmdit_deploy.verification import verify_bundle
+from mmdit_deploy.verify import TOLERANCES, Verdict
+
+
+def test_a_healthy_engine_passes(copy_of: Callable[[str], Any], precision: str) -> None:
+    verdict = copy_of(precision).verify()
+    assert verdict.passed and verdict.first_failure is None
+    # 11 calls in 2 cases, of which the last one's chain is the output
+    levels = [check.level for check in verdict.checks]
+    assert {level: levels.count(level) for level in levels} == {
+        "local": 22, "cumulative": 20, "output": 2, "engine": 2
+    }  # fmt: skip
+    binding = {check.level for check in verdict.checks if check.binding}
+    assert binding == {"local", "output", "engine"}
+
+
+def test_a_fault_is_rejected_and_named(
+    copy_of: Callable[[str], Any], plant: Callable[[Any, str], str], fault: str, precision: str
+) -> None:
+    copy = copy_of(precision)
+    first = plant(copy, fault)
+    verdict = copy.verify()
+    assert not verdict.passed
+    failure = verdict.first_failure
+    assert failure is not None and (failure.name, failure.level) == (first, "local"), fault
+
+
+def test_a_fault_is_rejected_without_the_checkpoint(
+    copy_of: Callable[[str], Any],
+    plant: Callable[[Any, str], str],
+    replayed: Callable[[Any], Verdict],
+    fault: str,
+    precision: str,
+) -> None:
+    copy = copy_of(precision)
+    first = plant(copy, fault)
+    failure = replayed(copy).first_failure
+    # a block's own error is not known without the weights: the final output tells
+    expected = ("sample", "output") if first.startswith(("blocks.", "final")) else (first, "local")
+    assert failure is not None
+    assert failure.errors.nonfinite or (failure.name, failure.level) == expected, fault
+
+
+def test_a_fault_is_rejected_where_the_whole_engine_does_not_fit(
+    copy_of: Callable[[str], Any], plant: Callable[[Any, str], str]
+) -> None:
+    copy = copy_of("fp16")
+    first = plant(copy, "streams exchanged")
+    verdict = copy.verify(whole=False)
+    assert not verdict.passed and verdict.first_failure.name == first
+    assert not [check for check in verdict.checks if check.level == "engine"]
+
+
+def test_only_the_faulty_call_is_out_of_tolerance(
+    copy_of: Callable[[str], Any], plant: Callable[[Any, str], str]
+) -> None:
+    copy = copy_of("fp32")
+    plant(copy, "gate of the attention dropped")
+    out = {check.name for check in copy.verify().checks if check.level == "local" and not check.passed}
+    assert out == {"blocks.0"}  # blocks.1 is right: on equal inputs it gives equal outputs
+
+
+def test_fp32_tells_one_gelu_from_the_other(copy_of: Callable[[str], Any]) -> None:
+    def exact_gelu(model: onnx.ModelProto) -> None:
+        for function in model.functions:
+            for node in function.node:
+                if node.op_type == "Gelu":
+                    del node.attribute[:]
+
+    copy = copy_of("fp32")
+    copy.edit_graph(exact_gelu)
+    verdict = copy.verify()
+    assert verdict.first_failure is not None and verdict.first_failure.name == "blocks.0"
+    assert verdict.first_failure.errors.rel_l2 < TOLERANCES["fp16"].max_rel_l2
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(
+    ("call", "position", "value", "message"),
+    [
+        ("blocks.1", 2, "modulations.0.img", r"blocks\.1 must read modulations\.1\.img"),
+        ("blocks.1", 0, "img_embed", r"blocks\.1 must read blocks\.0\.img, made by output 0 of blocks\.0"),
+        ("final", 0, "blocks.0.img", r"final must read blocks\.1\.img"),
+        ("modulations.1.txt", 0, "hidden_states", r"modulations\.1\.txt must read conditioning"),
+        ("txt_embed", 0, "hidden_states", r"txt_embed must read encoder_hidden_states, made by the caller"),
+    ],
+)
+def test_a_miswired_call_is_refused_by_name(
+    copy_of: Callable[[str], Any], precision: str, call: str, position: int, value: str, message: str, whole: bool
+) -> None:
+    def miswire(model: onnx.ModelProto) -> None:
+        names = {v for node in model.graph.node for v in (*node.input, *node.output)}
+        wide = [v for v in (f"{value}.fp32", value) if v in names]  # bf16 is emulated: casts between calls
+        next(n for n in model.graph.node if n.name == call).input[position] = wide[0]
+
+    copy = copy_of(precision)
+    copy.edit_graph(miswire)
+    with pytest.raises(GraphError, match=message):
+        copy.verify(whole=whole)
+
+
+def test_a_wrong_output_is_refused(copy_of: Callable[[str], Any]) -> None:
+    def swap(model: onnx.ModelProto) -> None:
+        block = next(n for n in model.graph.node if n.name == "blocks.0")
+        block.output[0], block.output[1] = block.output[1], block.output[0]
+
+    copy = copy_of("fp32")
+    copy.edit_graph(swap)
+    with pytest.raises(GraphError, match="blocks.1 must read blocks.0.img"):
+        copy.verify()
+
+
+def test_a_call_that_is_missing_is_refused(copy_of: Callable[[str], Any]) -> None:
+    def rename(model: onnx.ModelProto) -> None:
+        next(n for n in model.graph.node if n.name == "modulations.1.img").name = "another"
+
+    copy = copy_of("fp32")
+    copy.edit_graph(rename)
+    with pytest.raises(GraphError, match=r"modulations\.1\.img"):
+        copy.verify()
+
+
+def test_the_faults_are_not_in_the_healthy_bundle(healthy: Callable[[str], Path], precision: str) -> None:
+    assert verify_bundle(healthy(precision)).passed
