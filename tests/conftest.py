@@ -1,4 +1,4 @@
-"""What tests of several stages share: tiny models, their graphs traced once per session, and a tiny bundle."""
+"""What tests of several stages share: tiny models, their graphs traced once a session, and a tiny bundle."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mmdit_deploy.contract import Contract, Range
 from mmdit_deploy.export import ExportRequest, export
 from mmdit_deploy.graph.pipeline import Graphs, build_graphs
 from mmdit_deploy.graph.trace import trace
-from mmdit_deploy.model import MMDiT, Call
+from mmdit_deploy.model import Call, MMDiT
 from mmdit_deploy.spec import PRECISIONS, ModelSpec
 
 # Every axis from one up: parity is shown at the ends of what is possible, not of what is usual.
@@ -60,9 +60,7 @@ def _trace_kinds(spec: ModelSpec, calls: Sequence[Call], dtype: torch.dtype) -> 
 
     What kind of block it is, its name says; its depth is none of it.
     """
-    block = ModelSpec(
-        "", 1, spec.num_heads, spec.head_dim, mlp_ratio=spec.mlp_ratio, qk_norm=spec.qk_norm
-    )
+    block = ModelSpec("", 1, spec.num_heads, spec.head_dim, mlp_ratio=spec.mlp_ratio, qk_norm=spec.qk_norm)
     other = dataclasses.replace(spec, name="", depth=1, dual_attention_blocks=(), qk_norm=True)
     functions = {}
     for call in calls:
@@ -79,8 +77,8 @@ def _trace_kinds(spec: ModelSpec, calls: Sequence[Call], dtype: torch.dtype) -> 
 def graphs_of() -> Callable[..., Graphs]:
     """Builds a model's graphs through the whole pipeline, tracing no function twice in a session.
 
-    ``graphs_of(spec, precision="fp32", dialects=("ort",), outputs=())``; what it returns is shared: copy a graph
-    before changing it.
+    ``graphs_of(spec, precision="fp32", dialects=("ort",), outputs=())``; what it returns is shared: copy a
+    graph before changing it.
     """
 
     def build(
@@ -98,7 +96,9 @@ def graphs_of() -> Callable[..., Graphs]:
                 "mmdit_deploy.graph.pipeline.trace_kinds",
                 lambda calls, dtype: _trace_kinds(spec, calls, dtype),
             ):
-                _GRAPHS[key] = build_graphs(spec, contract, compute, layout, dialects=dialects, outputs=outputs)
+                _GRAPHS[key] = build_graphs(
+                    spec, contract, compute, layout, dialects=dialects, outputs=outputs
+                )
         return _GRAPHS[key]
 
     return build

@@ -87,7 +87,10 @@ def unpatchify(tokens: Tensor, rows: int, cols: int) -> Tensor:
 
 def inputs_for(spec: ModelSpec, batch: int, rows: int, cols: int, txt_tokens: int) -> dict[str, Tensor]:
     """The contract's inputs; timesteps differ over the batch, and over the shapes."""
-    sizes = {"hidden_states": (rows * cols, spec.img_dim), "encoder_hidden_states": (txt_tokens, spec.txt_dim)}
+    sizes = {
+        "hidden_states": (rows * cols, spec.img_dim),
+        "encoder_hidden_states": (txt_tokens, spec.txt_dim),
+    }
     features = {
         name: random_tensor(11, name, (batch, *shape), std=1.0)
         for name, shape in {**sizes, "pooled_projections": (spec.pooled_dim,)}.items()
@@ -117,7 +120,11 @@ def test_patchify_and_unpatchify_are_inverse() -> None:
 
 
 def assert_all_agree(
-    model: Any, eager: MMDiT, folder: Path, dialects: tuple[str, ...], shapes: tuple[tuple[int, ...], ...] = SHAPES
+    model: Any,
+    eager: MMDiT,
+    folder: Path,
+    dialects: tuple[str, ...],
+    shapes: tuple[tuple[int, ...], ...] = SHAPES,
 ) -> None:
     """diffusers, the eager model and one session per graph agree at every shape."""
     spec = eager.spec

@@ -123,7 +123,7 @@ class Contract:
             ),
             outputs=(
                 TensorSpec("sample", ("batch", "img_tokens", spec.out_dim), compute),
-                *(TensorSpec(name, ("batch", "img_tokens", spec.width), compute) for name in outputs),
+                *(TensorSpec(name, ("batch", "img_tokens", spec.width), compute) for name in dict.fromkeys(outputs)),
             ),
             ranges={**DEFAULT_RANGES, "img_tokens": fitted, **given},
         )
@@ -184,7 +184,7 @@ class Contract:
                         raise ContractError(
                             f"{axis} must be {allowed.min} to {allowed.max} in this engine",
                             received=f"{size} ({tensor.name})",
-                            fix=f"export with --{axis.replace('_', '-')} {wider}",
+                            fix=f"export with --{axis.replace('_', '-')} {wider}" if size else "pass at least one",
                         )
         return sizes
 

@@ -196,7 +196,8 @@ def block_index(name: str, spec: ModelSpec) -> int:
         SpecError: the name is none of the model's blocks.
     """
     prefix, _, index = name.partition(".")
-    if prefix != "blocks" or not index.isdecimal() or int(index) >= spec.depth:
+    # One name per block: `blocks.01` would be an output that no call makes.
+    if prefix != "blocks" or index not in map(str, range(spec.depth)):
         raise SpecError(
             f"an output is named blocks.0 to blocks.{spec.depth - 1}",
             received=repr(name),

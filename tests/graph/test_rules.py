@@ -1,4 +1,4 @@
-"""Each rewrite rule on a small graph: it fires, a near miss stays, a second run changes nothing, numbers agree."""
+"""Each rewrite rule: it fires, a near miss stays, a second run changes nothing, numbers agree."""
 
 from __future__ import annotations
 
@@ -77,7 +77,9 @@ def norm(weight: str, scale: str = "float[B,1,8]", shift: str = "float[B,1,8]") 
     }}"""
 
 
-def dense(x: str = "float[B,N,8]", bias: str = "float[6]", perm: str = "[1,0]", weight: str = "float[6,8]") -> str:
+def dense(
+    x: str = "float[B,N,8]", bias: str = "float[6]", perm: str = "[1,0]", weight: str = "float[6,8]"
+) -> str:
     return f"""g ({x} x, {weight} w, {bias} b) => (float[B,N,6] y) {{
       t = Transpose<perm={perm}>(w)
       m = MatMul(x, t)
@@ -87,7 +89,7 @@ def dense(x: str = "float[B,N,8]", bias: str = "float[6]", perm: str = "[1,0]", 
 
 @dataclass(frozen=True)
 class Case:
-    """One rule, a graph on which it fires, the ops that are left, and graphs that look alike and must stay."""
+    """One rule, a graph on which it fires, the ops that are left, and graphs alike that must stay."""
 
     rule: Pass
     fires: str
@@ -105,7 +107,9 @@ CASES = {
             "masked": attention("{0,0,16}", extra=", mask"),
             "tokens and heads merged": attention("{0,-1,8}").replace("float[B,N,16] y", "float[B,P,8] y"),
             "batch and tokens merged": attention("{1,-1,16}").replace("float[B,N,16] y", "float[1,P,16] y"),
-            "transposed otherwise": attention("{0,-1,16}").replace(" t = Transpose<perm=[0,2,1,3]>", " t = Identity"),
+            "transposed otherwise": attention("{0,-1,16}").replace(
+                " t = Transpose<perm=[0,2,1,3]>", " t = Identity"
+            ),
         },
     ),
     "multi-head attention": Case(
@@ -116,7 +120,9 @@ CASES = {
             "causal": flat_attention("q_num_heads=2, kv_num_heads=2, is_causal=1"),
             "soft-capped": flat_attention("q_num_heads=2, kv_num_heads=2, softcap=2.0"),
             "masked": flat_attention("q_num_heads=2, kv_num_heads=2", extra=", mask"),
-            "grouped heads": flat_attention("q_num_heads=4, kv_num_heads=2").replace("float[B,M,16]", "float[B,M,8]"),
+            "grouped heads": flat_attention("q_num_heads=4, kv_num_heads=2").replace(
+                "float[B,M,16]", "float[B,M,8]"
+            ),
             "four axes": attention("{0,0,16}"),
         },
     ),
@@ -163,7 +169,9 @@ def test_a_near_miss_stays(name: str, near_miss: str) -> None:
     assert CASES[name].rule.apply(model) == 0
     assert ops(model) == before
     if near_miss not in ("causal", "soft-capped"):  # not of these models, and not every kernel takes them
-        assert np.isfinite(execute(model)).all()  # a graph that could run: the rule was not spared a broken one
+        assert np.isfinite(
+            execute(model)
+        ).all()  # a graph that could run: the rule was not spared a broken one
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -201,7 +209,9 @@ def test_attributes_are_kept(rule: Pass, text: str) -> None:
 
 def test_shared_values_are_kept() -> None:
     """A linear layer's product that something else reads as well stays what it was."""
-    text = dense().replace("(float[B,N,6] y)", "(float[B,N,6] y, float[B,N,6] z)").replace("}", "z = Neg(m) }")
+    text = (
+        dense().replace("(float[B,N,6] y)", "(float[B,N,6] y, float[B,N,6] z)").replace("}", "z = Neg(m) }")
+    )
     model = parse(text)
     before = execute(model)
     linear.apply(model)

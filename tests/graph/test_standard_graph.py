@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
@@ -102,7 +103,11 @@ def test_the_census_counts_a_function_once_per_call(tiny_spec: ModelSpec, graphs
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_checker_accepts_it(
-    tiny_spec: ModelSpec, graphs_of: GraphsOf, save_graphs: Callable[..., Path], tmp_path: Path, precision: str
+    tiny_spec: ModelSpec,
+    graphs_of: GraphsOf,
+    save_graphs: Callable[..., Path],
+    tmp_path: Path,
+    precision: str,
 ) -> None:
     graphs = graphs_of(tiny_spec, precision, DIALECT_LIST)
     save_graphs(tmp_path, tiny_spec, RandomWeights(0), graphs, precision)
@@ -114,7 +119,11 @@ def test_the_checker_accepts_it(
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_polygraphy_runs_it_as_it_is(
-    tiny_spec: ModelSpec, graphs_of: GraphsOf, save_graphs: Callable[..., Path], tmp_path: Path, precision: str
+    tiny_spec: ModelSpec,
+    graphs_of: GraphsOf,
+    save_graphs: Callable[..., Path],
+    tmp_path: Path,
+    precision: str,
 ) -> None:
     pytest.importorskip("polygraphy")
     save_graphs(tmp_path, tiny_spec, RandomWeights(0), graphs_of(tiny_spec, precision), precision)
@@ -216,7 +225,7 @@ def test_weights_are_spans_of_one_file(tiny_spec: ModelSpec, graphs_of: GraphsOf
             assert offset == parts[0].offset and length == sum(p.nbytes for p in parts)
             assert 0 < offset and offset + length <= layout.total_bytes
             assert length == torch.Size(tensor.dims).numel() * dtype.itemsize
-            for before, after in zip(parts, parts[1:], strict=False):
+            for before, after in itertools.pairwise(parts):
                 assert before.offset + before.nbytes == after.offset
             seen.add(tensor.name)
         assert seen == set(by_path)
@@ -227,7 +236,7 @@ def test_a_layout_that_parts_q_from_k_is_refused(tiny_spec: ModelSpec) -> None:
     key = "transformer_blocks.0.attn.to_k.weight"
     moved = dataclasses.replace(layout.tensors[key], offset=layout.tensors[key].offset + 4)
     torn = dataclasses.replace(layout, tensors={**layout.tensors, key: moved})
-    with pytest.raises(ValueError, match="to_q.weight and .*to_k.weight"):
+    with pytest.raises(ValueError, match=r"to_q\.weight and .*to_k\.weight"):
         compute = PRECISIONS["fp32"]
         build_graphs(tiny_spec, Contract.of(tiny_spec, compute), compute, torn, dialects=())
 
@@ -281,7 +290,8 @@ def test_the_emulated_dialect_rounds_like_bf16(
     graphs = graphs_of(tiny_spec, "bf16", DIALECT_LIST)
     folder = save_graphs(tmp_path, tiny_spec, RandomWeights(1), graphs, "bf16")
     feed = {
-        n: t.bfloat16() if n not in ("timestep", "img_ids") else t for n, t in sample_inputs(tiny_spec).items()
+        n: t.bfloat16() if n not in ("timestep", "img_ids") else t
+        for n, t in sample_inputs(tiny_spec).items()
     }
     session = open_session(folder / "model.ort-emulated-bf16.onnx", "ort-cpu")
     received = run_session(session, feed, [("sample", torch.bfloat16, (2, 35, tiny_spec.out_dim))])["sample"]

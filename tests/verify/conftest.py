@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,7 @@ def plant() -> Callable[[Copy, str], str]:
 class Fault:
     """What is wrong, and the first call of the model that is wrong by it.
 
-    `blind`: precisions at which this model's random weights keep the effect within the tolerance, block by block.
+    `blind`: precisions at which these random weights keep the effect within the tolerance, block by block.
     `blind_replay`: the same for the final output alone, which is all that binds a block without its weights.
     """
 
@@ -223,7 +223,9 @@ def _drop_gate(model: onnx.ModelProto, name: str, value: str, part: int) -> None
     product.CopyFrom(onnx.helper.make_node("Identity", [rest], list(product.output)))
 
 
-def _before(model: onnx.ModelProto, name: str, value: str, op: str, constants: Sequence[onnx.TensorProto]) -> None:
+def _before(
+    model: onnx.ModelProto, name: str, value: str, op: str, constants: Sequence[onnx.TensorProto]
+) -> None:
     """Let a function read ``op(value, *constants)`` in the place of one of its inputs."""
     body = function(model, name)
     for node in body.node:
@@ -232,10 +234,7 @@ def _before(model: onnx.ModelProto, name: str, value: str, op: str, constants: S
                 node.input[i] = f"{value}.changed"
     names = [f"{value}.constant{i}" for i in range(len(constants))]
     nodes = [
-        *(
-            onnx.helper.make_node("Constant", [], [n], value=t)
-            for n, t in zip(names, constants, strict=True)
-        ),
+        *(onnx.helper.make_node("Constant", [], [n], value=t) for n, t in zip(names, constants, strict=True)),
         onnx.helper.make_node(
             op, [value, *names], [f"{value}.changed"], **({"axis": 1} if op == "Gather" else {})
         ),
@@ -276,8 +275,11 @@ FAULTS: dict[str, Fault] = {
         "modulations.1.txt", lambda t: _swap_rows(t, f"{_BLOCK1}.norm1_context.linear", 2, 0, 1)
     ),
     "order of the last text modulation in the graph": Fault(
-        "blocks.1", lambda m: _swap_split(m, "MMDiTLastJointBlock", "txt_modulation"),
-        in_graph=True, blind=("bf16",), blind_replay=("bf16",),
+        "blocks.1",
+        lambda m: _swap_split(m, "MMDiTLastJointBlock", "txt_modulation"),
+        in_graph=True,
+        blind=("bf16",),
+        blind_replay=("bf16",),
     ),  # fmt: skip
     "order of the final modulation in the graph": Fault(
         "final", lambda m: _swap_split(m, "MMDiTFinalLayer", "modulation"), in_graph=True
@@ -285,20 +287,26 @@ FAULTS: dict[str, Fault] = {
     "Q and K exchanged": Fault("blocks.1", lambda t: _exchange(t, f"{_BLOCK1}.attn", _Q_TO_K)),
     # Within a stream, scores hold the product of the two norms: only image with text differs.
     "norms of Q and K exchanged": Fault(
-        "blocks.0", lambda t: _exchange(t, f"{_BLOCK0}.attn", {"norm_q": "norm_k"}),
-        blind=("fp16", "bf16"), blind_replay=("fp16", "bf16"),
+        "blocks.0",
+        lambda t: _exchange(t, f"{_BLOCK0}.attn", {"norm_q": "norm_k"}),
+        blind=("fp16", "bf16"),
+        blind_replay=("fp16", "bf16"),
     ),  # fmt: skip
     "timestep without its factor of 1000": Fault("conditioning", _thousandth, in_graph=True),
     "rows and columns of img_ids exchanged": Fault(
-        "img_embed", lambda m: _before(m, "MMDiTImageEmbed", "img_ids", "Gather", [_int64(1, 0)]), in_graph=True
+        "img_embed",
+        lambda m: _before(m, "MMDiTImageEmbed", "img_ids", "Gather", [_int64(1, 0)]),
+        in_graph=True,
     ),
     "img_ids in reverse order": Fault("img_embed", _reverse_ids, in_graph=True),
     "gate of the attention dropped": Fault(
         "blocks.0", lambda m: _drop_gate(m, "MMDiTJointBlock", "img_modulation", 2), in_graph=True
     ),
     "gate of the text MLP dropped": Fault(
-        "blocks.0", lambda m: _drop_gate(m, "MMDiTJointBlock", "txt_modulation", 5),
-        in_graph=True, blind_replay=("bf16",),
+        "blocks.0",
+        lambda m: _drop_gate(m, "MMDiTJointBlock", "txt_modulation", 5),
+        in_graph=True,
+        blind_replay=("bf16",),
     ),  # fmt: skip
     "streams exchanged": Fault("blocks.0", lambda t: _exchange(t, f"{_BLOCK0}.attn", _TO_TEXT)),
     "exponent bit flipped in a block": Fault(
@@ -328,3 +336,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def replayed() -> Callable[[Copy], Verdict]:
     """The verdict on a sealed copy, against what was recorded at export."""
     return lambda copy: verify_bundle(copy.seal())
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """These models are too small for two: the pools of PyTorch and ONNX Runtime would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

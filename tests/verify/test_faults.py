@@ -86,7 +86,6 @@ def test_fp32_tells_one_gelu_from_the_other(copy_of: Callable[[str], Any]) -> No
     assert verdict.first_failure.errors.rel_l2 < TOLERANCES["fp16"].max_rel_l2
 
 
-@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize(
     ("call", "position", "value", "message"),
     [
@@ -98,7 +97,7 @@ def test_fp32_tells_one_gelu_from_the_other(copy_of: Callable[[str], Any]) -> No
     ],
 )
 def test_a_miswired_call_is_refused_by_name(
-    copy_of: Callable[[str], Any], precision: str, call: str, position: int, value: str, message: str, whole: bool
+    copy_of: Callable[[str], Any], precision: str, call: str, position: int, value: str, message: str
 ) -> None:
     def miswire(model: onnx.ModelProto) -> None:
         names = {v for node in model.graph.node for v in (*node.input, *node.output)}
@@ -108,7 +107,7 @@ def test_a_miswired_call_is_refused_by_name(
     copy = copy_of(precision)
     copy.edit_graph(miswire)
     with pytest.raises(GraphError, match=message):
-        copy.verify(whole=whole)
+        copy.verify(whole=False)
 
 
 def test_a_wrong_output_is_refused(copy_of: Callable[[str], Any]) -> None:
