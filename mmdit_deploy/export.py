@@ -289,7 +289,7 @@ def _manifest_fields(
             "census": dict(graphs.census),
             "passes": {name: {r.name: r.count for r in results} for name, results in graphs.passes.items()},
         },
-        "verified": [v.target for v in verdicts],
+        "verified": [v.target for v in verdicts if v.passed],
         "versions": versions(),
     }
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmdit_deploy.atomic import write_whole
 from mmdit_deploy.bundle.files import FileRecord, hash_files, list_files
 from mmdit_deploy.errors import BundleError, CheckpointError
 
@@ -101,20 +101,8 @@ def write_manifest(
     files = {name: known[name]._asdict() for name in sorted(known)}
     document = {"format": FORMAT, **fields, "files": files}
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    _write_atomically(directory / MANIFEST, text.encode("utf-8"))
+    write_whole(directory / MANIFEST, text)
     return read_manifest(directory)
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -37,9 +37,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _work(args: argparse.Namespace) -> int:
+    from mmdit_deploy.atomic import write_whole
     from mmdit_deploy.errors import UsageError
     from mmdit_deploy.latency import bench_bundle
-    from mmdit_deploy.report.atomic import write_whole
 
     for name in ("batch", "img_tokens", "txt_tokens", "rounds"):
         value = getattr(args, name)
@@ -56,6 +56,7 @@ def _work(args: argparse.Namespace) -> int:
         rounds=args.rounds,
     )
     if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(args.out, json.dumps(report.to_json(), indent=1) + "\n")
     emit(args, report.text(), report.to_json())
     return 0

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 
 from mmdit_deploy.contract import Contract, TensorSpec
-from mmdit_deploy.graph.trace import DOMAIN, OPSET, trace
+from mmdit_deploy.graph.trace import DOMAIN, OPSET, one_operator_registry, trace
 from mmdit_deploy.model import Call
 
 IR_VERSION = 11  # the first with opset 23; functions carry value_info since 10
@@ -27,7 +27,8 @@ class Span:
 def trace_kinds(calls: Sequence[Call], dtype: torch.dtype) -> dict[str, ir.Function]:
     """One traced function per kind, by name: the cost does not grow with the number of calls."""
     kinds = {call.kind.function: call.kind for call in calls}
-    return {name: trace(kind, dtype) for name, kind in kinds.items()}
+    with one_operator_registry():
+        return {name: trace(kind, dtype) for name, kind in kinds.items()}
 
 
 def assemble(

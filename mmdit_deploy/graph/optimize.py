@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
+from mmdit_deploy.atomic import write_whole
 from mmdit_deploy.errors import UsageError
 from mmdit_deploy.graph.fuse import FUSE
 from mmdit_deploy.graph.lower import DIALECTS, lower
@@ -78,7 +78,7 @@ def optimize_file(
         model, lowered = lower(model, dialect)
         passes += lowered
     result = ir.to_proto(model)
-    _write_whole(target, result.SerializeToString(deterministic=True))
+    write_whole(target, result.SerializeToString(deterministic=True))
     return Optimized(dialect, passes, _counts(proto), _counts(result))
 
 
@@ -127,15 +127,3 @@ def _check_target(model: onnx.ModelProto, source: Path, target: Path, *, force: 
             received=f"{target}, {'the input itself' if same else 'an existing file'}",
             fix="--force, or another name",
         )
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".partial-{secrets.token_hex(4)}-{path.name}"[:200])
-    try:
-        with partial.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

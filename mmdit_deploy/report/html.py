@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
-from mmdit_deploy.report.atomic import write_whole
+from mmdit_deploy.atomic import write_whole
 from mmdit_deploy.report.plots import block_plot, output_plot
 from mmdit_deploy.report.summary import (
     LEVELS,
@@ -71,6 +72,7 @@ def write_html(
     Raises:
         OSError: the file cannot be written.
     """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, verdict_html(verdicts, title=title, facts=facts))
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from xml.etree import ElementTree as ET
 
-from mmdit_deploy.report.atomic import write_whole
+from mmdit_deploy.atomic import write_whole
 from mmdit_deploy.report.summary import by_name, counted, outcome, worst
 from mmdit_deploy.report.words import breaches, errors_words, printable
 from mmdit_deploy.verify.records import Check, Verdict
@@ -34,6 +35,7 @@ def write_junit(verdicts: Sequence[Verdict], path: str | os.PathLike[str]) -> No
     root.extend(suites)
     ET.indent(root)
     xml = ET.tostring(root, encoding="unicode")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, f'<?xml version="1.0" encoding="UTF-8"?>\n{xml}\n')
 
 

@@ -49,7 +49,7 @@ def test_overflow_of_fp16_is_refused() -> None:
     fits = torch.tensor([65519.0, -65519.0])  # rounds to 65504
     assert convert(fits, torch.float16, "w").tolist() == [65504.0, -65504.0]
     for source in (torch.float32, torch.bfloat16):
-        with pytest.raises(CheckpointError, match="'w'(.|\n)*70144(.|\n)*--bf16 or --fp32"):
+        with pytest.raises(CheckpointError, match=r"'w'(.|\n)*70144(.|\n)*--bf16 or --fp32"):
             convert(torch.tensor([1.0, -70144.0, 66048.0]).to(source), torch.float16, "w")
     with pytest.raises(CheckpointError, match="65520"):
         convert(torch.tensor([65520.0]), torch.float16, "w")

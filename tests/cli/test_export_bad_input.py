@@ -1,4 +1,4 @@
-"""Whatever is wrong with the input: the right exit status, rule / received / fix, and nothing left on the disk."""
+"""Whatever is wrong with the input: the right exit status, rule / received / fix, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def refuse(run: Callable[..., Any], dist: Path, ranges: tuple[str, ...]) -> Call
     """Runs an export that must be refused: ``refuse(2, arguments, words…)``; gives what it says."""
 
     def call(status: int, arguments: list[str | Path], *words: str) -> str:
-        result = run("export", *arguments, *([] if "--img-tokens" in arguments else ranges), "-o", dist / "b")
+        result = run("export", *ranges, *arguments, "-o", dist / "b")  # the last range given is the one
         said: str = result.refused(status, *words)
         assert os.listdir(dist) == []
         return said
@@ -119,20 +119,16 @@ def test_keys_are_listed_by_name(refuse: Callable[..., str], folder: Any) -> Non
 
 
 @pytest.mark.parametrize(("value", "words"), [(float("nan"), "1 NaN"), (float("inf"), "1 Inf")])
-@pytest.mark.parametrize("precision", ["--fp32", "--fp16", "--bf16"])
 def test_weights_that_are_not_finite(
-    refuse: Callable[..., str], folder: Any, value: float, words: str, precision: str
+    refuse: Callable[..., str], folder: Any, value: float, words: str
 ) -> None:
     folder.edit(lambda t: t[KEY].view(-1)[7].fill_(value))
-    refuse(2, [folder.path, precision, "--no-verify"], KEY, words)
+    refuse(2, [folder.path, "--no-verify"], KEY, words)
 
 
-def test_weights_beyond_fp16(
-    refuse: Callable[..., str], folder: Any, run: Callable[..., Any], dist: Path
-) -> None:
+def test_weights_beyond_fp16(refuse: Callable[..., str], folder: Any) -> None:
     folder.edit(lambda t: t[KEY].view(-1)[7].fill_(1e5))
     refuse(2, [folder.path, "--fp16"], KEY, "100000", "--bf16 or --fp32")
-    assert run("export", folder.path, "--fp32", "--no-verify", "-o", dist / "b").status == 0
 
 
 def test_an_unknown_class(refuse: Callable[..., str], folder: Any) -> None:
@@ -173,8 +169,8 @@ def test_pickle_files_are_not_loaded(
     folder.weights.unlink()
     (folder.path / name).write_bytes(pickle.dumps(Bomb()))
     said = refuse(2, [folder.path])
-    assert "pickle" in said and "safetensors" in said
-    refuse(2, [folder.path / name], "safetensors")
+    assert "pickle" in said and "safe_serialization" in said
+    refuse(2, [folder.path / name], "pickle")
     assert not (tmp_path / "exploded").exists()
 
 

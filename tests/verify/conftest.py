@@ -280,7 +280,7 @@ FAULTS: dict[str, Fault] = {
         in_graph=True,
         blind=("bf16",),
         blind_replay=("bf16",),
-    ),  # fmt: skip
+    ),
     "order of the final modulation in the graph": Fault(
         "final", lambda m: _swap_split(m, "MMDiTFinalLayer", "modulation"), in_graph=True
     ),
@@ -291,7 +291,7 @@ FAULTS: dict[str, Fault] = {
         lambda t: _exchange(t, f"{_BLOCK0}.attn", {"norm_q": "norm_k"}),
         blind=("fp16", "bf16"),
         blind_replay=("fp16", "bf16"),
-    ),  # fmt: skip
+    ),
     "timestep without its factor of 1000": Fault("conditioning", _thousandth, in_graph=True),
     "rows and columns of img_ids exchanged": Fault(
         "img_embed",
@@ -307,7 +307,7 @@ FAULTS: dict[str, Fault] = {
         lambda m: _drop_gate(m, "MMDiTJointBlock", "txt_modulation", 5),
         in_graph=True,
         blind_replay=("bf16",),
-    ),  # fmt: skip
+    ),
     "streams exchanged": Fault("blocks.0", lambda t: _exchange(t, f"{_BLOCK0}.attn", _TO_TEXT)),
     "exponent bit flipped in a block": Fault(
         "blocks.1", lambda t: _flip_exponent_bit(t, f"{_BLOCK1}.ff.net.0.proj.weight")

@@ -117,7 +117,7 @@ def test_a_wrong_output_is_refused(copy_of: Callable[[str], Any]) -> None:
 
     copy = copy_of("fp32")
     copy.edit_graph(swap)
-    with pytest.raises(GraphError, match="blocks.1 must read blocks.0.img"):
+    with pytest.raises(GraphError, match=r"blocks\.1 must read blocks\.0\.img"):
         copy.verify()
 
 

@@ -2,7 +2,8 @@
 
     LayerNormalization(x, ones) · (1 + scale) + shift   ⇒   LayerNormalization(x, 1 + scale, shift)
 
-ONNX lets scale and bias broadcast from one vector per sample, [B, 1, C]; ONNX Runtime's CPU kernel takes them so.
+ONNX lets scale and bias broadcast from one vector per sample, [B, 1, C]; ONNX Runtime's CPU and CUDA kernels take
+them so since 1.21 (microsoft/onnxruntime#23297, made for SD3 and FLUX).
 """
 
 from __future__ import annotations

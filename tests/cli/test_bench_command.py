@@ -1,0 +1,116 @@
+"""`mmdit-bench`: what it reports, and what it refuses before it makes anything large. No time is asserted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mmdit_deploy.latency import time_interleaved
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.compile` fails at the first call, as on a machine without a C++ compiler, and says nothing."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(torch, "compile", lambda model: fail)
+
+
+def test_the_report(
+    run: Callable[..., Any], exported: tuple[Path, Any], no_compiler: None, tmp_path: Path
+) -> None:
+    out = tmp_path / "new" / "latency.json"
+    result = run("bench", exported[0], "--rounds", "3", "--json", "-o", out)
+    assert result.status == 0, result.err
+    data = result.json
+    assert json.loads(out.read_text()) == data
+    timings = {t["name"]: t for t in data["timings"]}
+    assert set(timings) == {"ort-cpu", "eager"}
+    for timing in timings.values():
+        assert 0 < timing["p50_ms"] <= timing["p90_ms"] and timing["rounds"] == 3
+    ratio = timings["ort-cpu"]["p50_ms"] / timings["eager"]["p50_ms"]
+    assert data["ratios"] == {"ort-cpu / eager": pytest.approx(ratio)}
+    assert data["not_run"] == {"torch.compile": "RuntimeError: no message"}
+    assert data["case"] == {"batch": 1, "rows": 4, "cols": 4, "txt_tokens": 8, "timestep": 500.0}
+    assert data["machine"]["torch"] == torch.__version__ and "through casts" in timings["ort-cpu"]["how"]
+    assert "torch.compile  not run: RuntimeError" in result.err
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+def test_torch_compile_is_a_rival_where_there_is_a_compiler(
+    run: Callable[..., Any], exported: tuple[Path, Any]
+) -> None:
+    result = run("bench", exported[0], "--rounds", "2", "--json")
+    assert result.status == 0, result.err
+    data = result.json
+    if not data["not_run"]:
+        assert set(data["ratios"]) == {"ort-cpu / eager", "ort-cpu / torch.compile"}
+
+
+def test_sizes_are_chosen(run: Callable[..., Any], exported: tuple[Path, Any], no_compiler: None) -> None:
+    sizes = ["--batch", "2", "--img-tokens", "12", "--txt-tokens", "5"]
+    case = run("bench", exported[0], "--rounds", "1", "--json", *sizes).json["case"]
+    assert (case["batch"], case["rows"] * case["cols"], case["txt_tokens"]) == (2, 12, 5)
+
+
+@pytest.mark.parametrize(
+    ("option", "size", "words"),
+    [
+        ("--batch", "3", "batch must be 1 to 2"),
+        ("--img-tokens", "49", "img_tokens must be 4 to 48"),
+        ("--img-tokens", "1000000000000", "img_tokens must be 4 to 48"),
+        ("--txt-tokens", "17", "txt_tokens must be 1 to 16"),
+        ("--batch", "0", "--batch is at least 1"),
+        ("--img-tokens", "-4", "--img-tokens is at least 1"),
+        ("--rounds", "0", "--rounds is at least 1"),
+    ],
+)
+def test_sizes_out_of_range_are_refused_before_anything_is_made(
+    run: Callable[..., Any],
+    exported: tuple[Path, Any],
+    option: str,
+    size: str,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mmdit_deploy.latency.bundle.case_inputs", lambda *_: pytest.fail("said too late"))
+    run("bench", exported[0], option, size).refused(2, words)
+
+
+def test_an_engine_that_the_bundle_lacks(run: Callable[..., Any], exported: tuple[Path, Any]) -> None:
+    run("bench", exported[0], "--engine", "rtx:sm89").refused(2, "ort-cpu", "rtx:sm89")
+
+
+def test_an_eager_model_that_does_not_fit(
+    run: Callable[..., Any], exported: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "mmdit_deploy.latency.bundle.psutil.virtual_memory", lambda: SimpleNamespace(available=1000)
+    )
+    run("bench", exported[0]).refused(3, "memory")
+
+
+def test_rivals_take_turns_and_short_ones_are_settled_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    clock = iter(range(10**6))
+    monkeypatch.setattr("mmdit_deploy.latency.timing.time.perf_counter", lambda: next(clock) * 1e-3)
+    rivals = {name: (name, lambda name=name: calls.append(name)) for name in ("a", "b")}
+    timings = time_interleaved(rivals, torch.device("cpu"), rounds=3, warmup=1)
+    assert "".join(calls) == "ab" + 3 * "aabb"
+    assert [(t.name, t.p50_ms, t.p90_ms, t.rounds) for t in timings] == [
+        ("a", pytest.approx(1.0), pytest.approx(1.0), 3),
+        ("b", pytest.approx(1.0), pytest.approx(1.0), 3),
+    ]
+    calls.clear()
+    monkeypatch.setattr("mmdit_deploy.latency.timing.time.perf_counter", lambda: next(clock) * 1.0)
+    time_interleaved(rivals, torch.device("cpu"), rounds=3, warmup=0)
+    assert "".join(calls) == 3 * "ab"  # a call of a second is timed as it comes
