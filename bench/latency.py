@@ -10,6 +10,9 @@ batch 1, 1024 + 77 tokens; then 4096 + 77. All rivals are interleaved in one pro
 - OpenVINO: the opset-23 graph, held to fp32 (by default it computes in bf16 on CPUs that can: timed too, not a rival,
   since it does not compute fp32)
 
+"arithmetic alone" is the floor of fp32 on ONNX Runtime here: the same matrix products and nothing else, each shape timed
+by itself in ONNX Runtime's own kernel and added up.
+
 Attention memory: peak RssAnon of a process that loads a graph and runs one step, above the same at 64 image tokens.
 """
 
@@ -24,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from measure import interleaved, p50_p90, run_job, write_result
 from rivals import export_plainly, save, sd3
@@ -79,13 +83,16 @@ def _run(folder: Path, rounds: int) -> None:
         times = interleaved(rivals, rounds if side == SIDES[0] else max(3, rounds // 3))
         figures = {name: p50_p90(seconds) for name, seconds in times.items()}
         mine = figures["ours"][0]
+        floor = _arithmetic_seconds(side * side)
         print(f"{side * side} + {TXT_TOKENS} tokens:")
         for name, (p50, p90) in figures.items():
             print(
                 f"  {name:24s} p50 {p50 * 1e3:7.0f} ms  p90 {p90 * 1e3:7.0f} ms   ours / it {mine / p50:.3f}"
             )
+        print(f"  {'arithmetic alone':24s}     {floor * 1e3:7.0f} ms                 ours / it {mine / floor:.3f}")
         timings[f"{side * side}+{TXT_TOKENS}"] = {
             "p50_p90_ms": {name: [v * 1e3 for v in pair] for name, pair in figures.items()},
+            "arithmetic_alone_ms": floor * 1e3,
             "ours_over": {name: mine / pair[0] for name, pair in figures.items()},
         }
 
@@ -111,6 +118,35 @@ def _run(folder: Path, rounds: int) -> None:
     write_result(
         "latency", {"timings": timings, "memory_mb": memory, "memory_exponent": exponents, "rounds": rounds}
     )
+
+
+def _arithmetic_seconds(img_tokens: int) -> float:
+    """Sum over the model's matrix products of the median time of each."""
+    width, tokens = 64 * HEADS, img_tokens + TXT_TOKENS
+    layers = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
+    products: list[tuple[tuple[int, ...], tuple[int, ...], int]] = [((img_tokens, k), (k, n), DEPTH) for k, n in layers]
+    products += [((TXT_TOKENS, k), (k, n), DEPTH - (i > 0)) for i, (k, n) in enumerate(layers)]
+    products += [((TXT_TOKENS, 4096), (4096, width), 1)]
+    products += [((HEADS, tokens, 64), (HEADS, 64, tokens), DEPTH), ((HEADS, tokens, tokens), (HEADS, tokens, 64), DEPTH)]
+    total = 0.0
+    for left, right, count in products:
+        session = _product_session(left, right)
+        times = interleaved({"": lambda s=session, a=np.ones(left, np.float32): s.run(None, {"a": a})}, 7)[""]
+        total += count * p50_p90(times)[0]
+    return total
+
+
+def _product_session(left: tuple[int, ...], right: tuple[int, ...]) -> Any:
+    weight = np.random.default_rng(0).standard_normal(right, dtype=np.float32)
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMul", ["a", "b"], ["c"])],
+        "product",
+        [onnx.helper.make_tensor_value_info("a", onnx.TensorProto.FLOAT, left)],
+        [onnx.helper.make_tensor_value_info("c", onnx.TensorProto.FLOAT, (*left[:-1], right[-1]))],
+        [onnx.numpy_helper.from_array(weight, "b")],
+    )
+    model = onnx.helper.make_model(graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid("", 20)])
+    return open_session(model.SerializeToString(), "ort-cpu")
 
 
 def _rivals(

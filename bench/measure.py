@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 
 SAMPLE_SECONDS = 0.02
+SETTLE_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,17 @@ def _anonymous_bytes(pid: int) -> int:
 def interleaved(
     rivals: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds per call of each rival, one after the other in every round, so that drift hits all alike."""
+    """Seconds per call of each rival, one after the other in every round, so that drift hits all alike.
+
+    A pause before each call lets the worker threads of the rival before it stop spinning.
+    """
     for _ in range(warmup):
         for run in rivals.values():
             run()
     times: dict[str, list[float]] = {name: [] for name in rivals}
     for _ in range(rounds):
         for name, run in rivals.items():
+            time.sleep(SETTLE_SECONDS)
             start = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - start)

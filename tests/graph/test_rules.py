@@ -137,18 +137,22 @@ CASES = {
             "a scale per batch": norm(",".join(["1"] * 8), scale="float[1,1,8]"),
         },
     ),
-    "linear as Gemm": Case(
+    "linear without transpose": Case(
         linear,
         dense(),
-        {"Gemm": 1, "Reshape": 2, "Shape": 1, "Concat": 1, "Constant": 2},
+        {"FusedMatMul": 1, "Add": 1},
         {
-            "a bias per token": dense(bias="float[N,6]"),
-            "a broadcast bias": dense(bias="float[1]"),
-            "four axes": dense(x="float[B,2,N,8]").replace("float[B,N,6] y", "float[B,2,N,6] y"),
             "not transposed": dense(perm="[0,1]", weight="float[8,6]"),
+            "a vector": dense(x="float[8]").replace("float[B,N,6] y", "float[6] y"),
+            "a batch of matrices": dense(perm="[0,2,1]", weight="float[B,6,8]"),
         },
     ),
 }
+
+
+def uses_contrib_ops(model: ir.Model) -> bool:
+    """Whether ONNX's checker lacks the schema of an op, and so cannot infer shapes through it."""
+    return any(node.domain == "com.microsoft" for node in model.graph)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -157,7 +161,7 @@ def test_fires(name: str) -> None:
     model = parse(case.fires)
     assert case.rule.apply(model) == 1
     assert ops(model) == Counter(case.left)
-    onnx.checker.check_model(ir.to_proto(model), full_check=name != "multi-head attention")
+    onnx.checker.check_model(ir.to_proto(model), full_check=not uses_contrib_ops(model))
 
 
 @pytest.mark.parametrize(
@@ -208,12 +212,9 @@ def test_attributes_are_kept(rule: Pass, text: str) -> None:
 
 
 def test_shared_values_are_kept() -> None:
-    """A linear layer's product that something else reads as well stays what it was."""
-    text = (
-        dense().replace("(float[B,N,6] y)", "(float[B,N,6] y, float[B,N,6] z)").replace("}", "z = Neg(m) }")
-    )
+    """A transposed weight that something else reads as well stays what it was."""
+    text = dense().replace("(float[B,N,6] y)", "(float[B,N,6] y, float[8,6] z)").replace("}", "z = Neg(t) }")
     model = parse(text)
     before = execute(model)
-    linear.apply(model)
+    assert linear.apply(model) == 0
     np.testing.assert_allclose(execute(model), before, rtol=2e-5, atol=2e-6)
-    assert "MatMul" in ops(model)
