@@ -10,8 +10,8 @@ batch 1, 1024 + 77 tokens; then 4096 + 77. All rivals are interleaved in one pro
 - OpenVINO: the opset-23 graph, held to fp32 (by default it computes in bf16 on CPUs that can: timed too, not a rival,
   since it does not compute fp32)
 
-"arithmetic alone" is the floor of fp32 on ONNX Runtime here: the same matrix products and nothing else, each shape timed
-by itself in ONNX Runtime's own kernel and added up.
+"arithmetic alone" is the floor of fp32 on ONNX Runtime here: the same matrix products and nothing else, each shape
+timed by itself in ONNX Runtime's own kernel and added up.
 
 Attention memory: peak RssAnon of a process that loads a graph and runs one step, above the same at 64 image tokens.
 """
@@ -23,6 +23,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,11 +128,12 @@ def _arithmetic_seconds(img_tokens: int) -> float:
     products: list[tuple[tuple[int, ...], tuple[int, ...], int]] = [((img_tokens, k), (k, n), DEPTH) for k, n in layers]
     products += [((TXT_TOKENS, k), (k, n), DEPTH - (i > 0)) for i, (k, n) in enumerate(layers)]
     products += [((TXT_TOKENS, 4096), (4096, width), 1)]
-    products += [((HEADS, tokens, 64), (HEADS, 64, tokens), DEPTH), ((HEADS, tokens, tokens), (HEADS, tokens, 64), DEPTH)]
+    products += [((HEADS, tokens, 64), (HEADS, 64, tokens), DEPTH)]
+    products += [((HEADS, tokens, tokens), (HEADS, tokens, 64), DEPTH)]
     total = 0.0
     for left, right, count in products:
-        session = _product_session(left, right)
-        times = interleaved({"": lambda s=session, a=np.ones(left, np.float32): s.run(None, {"a": a})}, 7)[""]
+        run = partial(_product_session(left, right).run, None, {"a": np.ones(left, np.float32)})
+        times = interleaved({"": run}, 7)[""]
         total += count * p50_p90(times)[0]
     return total
 

@@ -15,7 +15,7 @@ import onnx
 import torch
 
 from mmdit_deploy.build import check_targets, dialect_of, execution_of
-from mmdit_deploy.bundle import staged_bundle, write_manifest
+from mmdit_deploy.bundle import check_destination, staged_bundle, write_manifest
 from mmdit_deploy.checkpoint import check_free_space, write_safetensors
 from mmdit_deploy.checkpoint.weights import RandomWeights, WeightSource, stream_parts, weights_layout
 from mmdit_deploy.contract import Contract, Range
@@ -118,6 +118,7 @@ def preflight(request: ExportRequest) -> Preflight:
         MMDiTError: what the request breaks; nothing was written.
     """
     _checked(request)
+    check_destination(request.directory, force=request.force)
     layout = weights_layout(request.spec, getattr(torch, request.precision.dtype))
     numel = sum(t.nbytes for t in layout.tensors.values()) // request.precision.itemsize
     disk = (0 if request.graph_only else layout.total_bytes) + 32 * 2**20  # graphs, reference and report

@@ -173,3 +173,14 @@ def test_a_reference_that_is_too_large_is_left_out_and_said(
 
 def test_versions_name_what_decides_the_result() -> None:
     assert {"python", "torch", "onnx", "onnxscript", "numpy"} <= set(versions())
+
+
+def test_preflight_sees_what_is_in_the_bundles_place(request_: ExportRequest) -> None:
+    """A dry run that succeeds means that the run begins."""
+    assert request_.out is not None
+    request_.out.mkdir(parents=True)
+    (request_.out / "notes.txt").write_text("mine")
+    for force in (False, True):
+        with pytest.raises(BundleError, match="out/b exists"):
+            preflight(dataclasses.replace(request_, force=force))
+    assert (request_.out / "notes.txt").read_text() == "mine"

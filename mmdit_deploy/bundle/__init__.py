@@ -5,13 +5,14 @@ from __future__ import annotations
 from mmdit_deploy.bundle.files import FileRecord
 from mmdit_deploy.bundle.manifest import FORMAT, Manifest, read_manifest, write_manifest
 from mmdit_deploy.bundle.opening import Bundle, open_bundle
-from mmdit_deploy.bundle.writer import staged_bundle
+from mmdit_deploy.bundle.writer import check_destination, staged_bundle
 
 __all__ = [
     "FORMAT",
     "Bundle",
     "FileRecord",
     "Manifest",
+    "check_destination",
     "open_bundle",
     "read_manifest",
     "staged_bundle",

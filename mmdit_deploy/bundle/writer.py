@@ -54,6 +54,17 @@ def staged_bundle(final: str | os.PathLike[str], *, force: bool) -> Iterator[Pat
         staging.discard()
 
 
+def check_destination(final: str | os.PathLike[str], *, force: bool) -> None:
+    """Refuse a place for a bundle that `staged_bundle` would refuse. Nothing is changed.
+
+    Raises:
+        BundleError: `final` exists and may not be replaced.
+        UsageError: `final` cannot be the path of a directory.
+    """
+    target = _target(Path(final))
+    _check_target(target, force, f"{target} exists")
+
+
 def _target(final: Path) -> Path:
     """The absolute path. Only the parent's links are resolved: one in the bundle's place must be seen."""
     try:

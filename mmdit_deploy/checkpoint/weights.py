@@ -97,14 +97,23 @@ def open_weights(path: str | Path) -> tuple[ModelSpec, FileWeights]:
             keys are listed by name.
     """
     checkpoint = open_checkpoint(path)
-    name = checkpoint.path.name
-    if name == "transformer":
-        name = checkpoint.path.parent.name
-    spec = spec_from_config(checkpoint.config, name or "mmdit")
+    spec = spec_from_config(checkpoint.config, model_name(checkpoint.path))
     if POSITION_TABLE in checkpoint.tensors and _table_differs(checkpoint, spec):
         spec = dataclasses.replace(spec, pos_table=True)
     _check_fit(checkpoint.tensors, spec, where=str(checkpoint.path))
     return spec, FileWeights(checkpoint, f"checkpoint {checkpoint.path}")
+
+
+def model_name(folder: Path) -> str:
+    """What to call the model of a checkpoint folder, also of one in a hub cache.
+
+    ``models--stabilityai--stable-diffusion-3.5-medium/snapshots/<hash>/transformer`` → ``stable-diffusion-3.5-medium``
+    """
+    if folder.name == "transformer":
+        folder = folder.parent
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        return folder.parent.parent.name.rpartition("--")[2]
+    return folder.absolute().name or "mmdit"
 
 
 def _check_fit(tensors: dict[str, TensorInfo], spec: ModelSpec, *, where: str) -> None:
