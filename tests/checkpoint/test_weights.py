@@ -14,7 +14,7 @@ from mmdit_deploy.checkpoint.weights import model_name
     [
         ("/models/sd3-medium", "sd3-medium"),
         ("/models/sd3-medium/transformer", "sd3-medium"),
-        ("/hub/models--stabilityai--stable-diffusion-3.5-medium/snapshots/b940f6/transformer", "stable-diffusion-3.5-medium"),
+        ("/hub/models--stabilityai--sd3.5-medium/snapshots/b940f6/transformer", "sd3.5-medium"),
         ("/hub/models--stabilityai--stable-diffusion-3.5-medium/snapshots/b940f6", "stable-diffusion-3.5-medium"),
         ("/snapshots/mine", "mine"),
     ],
