@@ -71,25 +71,24 @@ def _run(folder: Path, rounds: int) -> None:
         )
     )
     model = sd3(DEPTH, HEADS, torch.float32)
-    plain = {}
-    for opset in (23, 18):
-        plain[opset] = folder / f"plain{opset}"
-        save(export_plainly(model, torch.float32, opset)[0], plain[opset])
+
+    def plain(opset: int, side: int) -> Path:
+        """The rival's graph for one image size, made when it is first needed."""
+        target = folder / f"plain-{opset}-{side}"
+        if not target.exists():
+            save(export_plainly(model, torch.float32, opset, side)[0], target)
+        return target / "model.onnx"
 
     timings: dict[str, Any] = {}
     for side in SIDES:
-        rivals = _rivals(
-            model, ours / "model.ort.onnx", {k: v / "model.onnx" for k, v in plain.items()}, side
-        )
+        rivals = _rivals(model, ours / "model.ort.onnx", {n: plain(n, side) for n in (23, 18)}, side)
         times = interleaved(rivals, rounds if side == SIDES[0] else max(3, rounds // 3))
         figures = {name: p50_p90(seconds) for name, seconds in times.items()}
         mine = figures["ours"][0]
         floor = _arithmetic_seconds(side * side)
         print(f"{side * side} + {TXT_TOKENS} tokens:")
         for name, (p50, p90) in figures.items():
-            print(
-                f"  {name:24s} p50 {p50 * 1e3:7.0f} ms  p90 {p90 * 1e3:7.0f} ms   ours / it {mine / p50:.3f}"
-            )
+            print(f"  {name:24s} p50 {p50 * 1e3:7.0f} ms  p90 {p90 * 1e3:7.0f} ms   ours / it {mine / p50:.3f}")
         print(f"  {'arithmetic alone':24s}     {floor * 1e3:7.0f} ms                 ours / it {mine / floor:.3f}")
         timings[f"{side * side}+{TXT_TOKENS}"] = {
             "p50_p90_ms": {name: [v * 1e3 for v in pair] for name, pair in figures.items()},
@@ -98,27 +97,20 @@ def _run(folder: Path, rounds: int) -> None:
         }
 
     memory: dict[str, dict[int, float]] = {}
-    for name, graph, kind in (
-        ("ours", ours / "model.ort.onnx", "tokens"),
-        ("plain ORT (opset 23)", plain[23] / "model.onnx", "latents"),
-    ):
-        peaks = {
-            side: run_job([sys.executable, __file__, "--one-step", graph, kind, str(side)]).peak_bytes / 1e6
-            for side in MEMORY_SIDES
-        }
+    for name in ("ours", "plain ORT (opset 23)"):
+        peaks = {}
+        for side in MEMORY_SIDES:
+            graph, kind = (ours / "model.ort.onnx", "tokens") if name == "ours" else (plain(23, side), "latents")
+            job = run_job([sys.executable, __file__, "--one-step", graph, kind, str(side)])
+            peaks[side] = job.peak_bytes / 1e6
         memory[name] = {side * side: peaks[side] - peaks[MEMORY_SIDES[0]] for side in MEMORY_SIDES[1:]}
         print(
             f"memory of a step above 64 tokens, {name}: "
             + ", ".join(f"{n} tokens {mb:.0f} MB" for n, mb in memory[name].items())
         )
     exponents = {name: _exponent(by_tokens) for name, by_tokens in memory.items()}
-    print(
-        "memory grows as tokens to the power of "
-        + ", ".join(f"{name} {e:.2f}" for name, e in exponents.items())
-    )
-    write_result(
-        "latency", {"timings": timings, "memory_mb": memory, "memory_exponent": exponents, "rounds": rounds}
-    )
+    print("memory grows as tokens to the power of " + ", ".join(f"{name} {e:.2f}" for name, e in exponents.items()))
+    write_result("latency", {"timings": timings, "memory_mb": memory, "memory_exponent": exponents, "rounds": rounds})
 
 
 def _arithmetic_seconds(img_tokens: int) -> float:
@@ -151,16 +143,13 @@ def _product_session(left: tuple[int, ...], right: tuple[int, ...]) -> Any:
     return open_session(model.SerializeToString(), "ort-cpu")
 
 
-def _rivals(
-    model: torch.nn.Module, ours: Path, plain: dict[int, Path], side: int
-) -> dict[str, Callable[[], object]]:
+def _rivals(model: torch.nn.Module, ours: Path, plain: dict[int, Path], side: int) -> dict[str, Callable[[], object]]:
     import openvino
 
     latents, tokens = _inputs("latents", side), _inputs("tokens", side)
     tensors = {name: torch.from_numpy(value) for name, value in latents.items()}
     sessions = {
-        name: open_session(path, "ort-cpu")
-        for name, path in (("ours", ours), (23, plain[23]), (18, plain[18]))
+        name: open_session(path, "ort-cpu") for name, path in (("ours", ours), (23, plain[23]), (18, plain[18]))
     }
     core = openvino.Core()
     requests = {

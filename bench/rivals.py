@@ -63,10 +63,14 @@ def sd3(depth: int, heads: int, dtype: torch.dtype, *, qk_norm: bool = True) -> 
     return model.eval()
 
 
-def export_plainly(model: nn.Module, dtype: torch.dtype, opset: int = 23) -> tuple[Any, float]:
-    """`torch.onnx.export(dynamo=True)` with dynamic batch and text tokens: the program and the seconds it took."""
+def export_plainly(model: nn.Module, dtype: torch.dtype, opset: int = 23, side: int = 32) -> tuple[Any, float]:
+    """`torch.onnx.export(dynamo=True)` with dynamic batch and text tokens: the program and the seconds it took.
+
+    Args:
+        side: rows and columns of image tokens, which stay static: the model crops its positions by Python integers.
+    """
     args = (
-        torch.randn(2, 16, 64, 64, dtype=dtype),
+        torch.randn(2, 16, 2 * side, 2 * side, dtype=dtype),
         torch.randn(2, 77, 4096, dtype=dtype),
         torch.randn(2, 2048, dtype=dtype),
         torch.tensor([500.0, 250.0]),
@@ -93,9 +97,7 @@ def save(program: Any, folder: Path) -> int:
 def _main() -> None:
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("job", choices=["export", "graph"])
-    p.add_argument(
-        "--checkpoint", type=Path, help="export: a diffusers transformer folder, loaded as it is stored"
-    )
+    p.add_argument("--checkpoint", type=Path, help="export: a diffusers transformer folder, loaded as it is stored")
     p.add_argument("--out", type=Path)
     p.add_argument("--depth", type=int, default=24, help="graph: export only, nothing is written")
     args = p.parse_args()
@@ -109,11 +111,7 @@ def _main() -> None:
         size = save(program, args.out)
     else:
         _, graph_seconds = export_plainly(sd3(args.depth, 24, torch.float16), torch.float16)
-    print(
-        json.dumps(
-            {"graph_seconds": graph_seconds, "seconds": time.perf_counter() - start, "model_bytes": size}
-        )
-    )
+    print(json.dumps({"graph_seconds": graph_seconds, "seconds": time.perf_counter() - start, "model_bytes": size}))
 
 
 if __name__ == "__main__":
