@@ -9,7 +9,7 @@ help:
 	@echo 'make export   set up, then export the 2 B model of the SD3 paper (random weights) to a bundle in dist/'
 	@echo 'make test     set up, then check style, layers and types, and run the whole test suite'
 	@echo 'make lint     set up, then check style, layers and types'
-	@echo 'make soak     set up, then run the long tests (hours)'
+	@echo 'make soak     set up, then run the long tests; the result goes to bench/results/soak.txt'
 	@echo 'make setup    make .venv; does nothing when it is up to date, repairs it when it is broken'
 	@echo 'make clean    remove .venv and the caches; dist/ stays'
 	@echo
@@ -50,7 +50,7 @@ test: lint
 	$(BIN)/python -m pytest
 
 soak: setup
-	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m pytest -q -m soak --durations=0 > bench/results/soak.txt; status=$$?; cat bench/results/soak.txt; exit $$status
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis

@@ -19,9 +19,10 @@ from mmdit_deploy.bundle import check_destination, staged_bundle, write_manifest
 from mmdit_deploy.checkpoint import check_free_space, write_safetensors
 from mmdit_deploy.checkpoint.weights import RandomWeights, WeightSource, stream_parts, weights_layout
 from mmdit_deploy.contract import Contract, Range
-from mmdit_deploy.errors import MachineError, ParityError, UsageError
+from mmdit_deploy.errors import MachineError, MissingPackageError, ParityError, UsageError
 from mmdit_deploy.graph.pipeline import Graphs, build_graphs
 from mmdit_deploy.report import verdict_text, write_html
+from mmdit_deploy.report.words import bounds, breaches
 from mmdit_deploy.runtime import PROVIDERS
 from mmdit_deploy.runtime.ort import import_onnxruntime
 from mmdit_deploy.spec import ModelSpec, Precision
@@ -144,6 +145,16 @@ def _checked(request: ExportRequest) -> tuple[tuple[str, ...], Contract]:
     return targets, Contract.of(spec, request.precision, request.ranges, outputs=request.outputs)
 
 
+def default_targets() -> tuple[str, ...]:
+    """The engine to build where none is named: for this machine's GPU where ONNX Runtime can use it, else its CPU."""
+    try:
+        providers = import_onnxruntime("ort-cuda").get_available_providers()
+    except MissingPackageError:
+        providers = []
+    # The GPU build of ONNX Runtime lists its provider on machines without a GPU too.
+    return ("ort-cuda",) if PROVIDERS["ort-cuda"] in providers and torch.cuda.is_available() else ("ort-cpu",)
+
+
 def _check_runs_here(target: str) -> None:
     """Verification runs the engine: say what is missing before gigabytes are written, not after."""
     available = import_onnxruntime(target).get_available_providers()
@@ -240,16 +251,21 @@ def _graph_file(dialect: str) -> str:
     return f"model.{dialect}.onnx"
 
 
+_MORE_PRECISE = {
+    "fp16": "--bf16 has more range, --fp32 more of both",
+    "bf16": "--fp16 has more digits, --fp32 more of both",
+    "fp32": "report this as a bug",
+}
+
+
 def _refuse_failures(verdicts: Sequence[Verdict]) -> None:
     for verdict in verdicts:
         failure = verdict.first_failure
         if failure is not None:
             raise ParityError(
-                f"{verdict.target} must compute the eager model within tolerance: "
-                f"cosine ≥ {verdict.tolerance['min_cosine']}, rel-L2 ≤ {verdict.tolerance['max_rel_l2']}",
-                received=f"{failure.name} ({failure.level}): rel-L2 {failure.errors.rel_l2:.3g}, cosine "
-                f"{failure.errors.cosine:.7f}, {failure.errors.nonfinite} NaN or Inf; {failure.case}",
-                fix="no bundle was written; --bf16 or --fp32 keep more range, --no-verify writes it all the same",
+                f"{verdict.target} must compute the eager model within tolerance: {bounds(verdict.tolerance)}",
+                received=f"{failure.name} ({failure.level}): {breaches(failure, verdict.tolerance)}; {failure.case}",
+                fix=f"{_MORE_PRECISE[verdict.precision]}; --no-verify writes the bundle all the same, unproven",
             )
 
 

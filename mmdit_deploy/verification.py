@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
-from mmdit_deploy.build import ORT_TARGETS
 from mmdit_deploy.bundle import Bundle, open_bundle
 from mmdit_deploy.checkpoint.weights import RandomWeights, WeightSource, open_weights
-from mmdit_deploy.errors import BundleError, MachineError, UsageError
-from mmdit_deploy.runtime import runnable_target
+from mmdit_deploy.errors import BundleError, UsageError
+from mmdit_deploy.runtime import engine_graph, runnable_target
 from mmdit_deploy.verify import (
     EngineUnderTest,
     Reference,
@@ -45,18 +43,24 @@ def verify_bundle(
         The verdict; without a checkpoint, against what was recorded at export.
 
     Raises:
-        BundleError: the bundle is not whole, or has nothing to compare with.
-        UsageError: the checkpoint is another model's, or the options contradict each other.
-        MachineError: the engine cannot run here.
+        BundleError: the bundle is not whole, or has no engines or nothing to compare with.
+        UsageError: the checkpoint is another model's, the options contradict each other, or there is no such target.
+        MachineError: the bundle lacks the engine, or it cannot run here.
     """
-    bundle = open_bundle(path)
-    engine = dataclasses.replace(_engine(bundle, target), whole=whole)
+    if full and checkpoint is not None:
+        raise UsageError(
+            "the weights come from a checkpoint, or are made again from the bundle's seed",
+            received="--full and --checkpoint",
+            fix="drop one of them: both compare every block",
+        )
     if thorough and checkpoint is None and not full:
         raise UsageError(
             "--thorough needs the weights: reference.safetensors holds the shapes of the export only",
             received="--thorough alone",
             fix="add --checkpoint PATH, or --full for random weights",
         )
+    bundle = open_bundle(path)
+    engine = _engine(bundle, target, whole)
     if checkpoint is not None or full:
         cases = default_cases(bundle.contract, thorough=thorough)
         return verify_against_weights(engine, _source(bundle, checkpoint), cases, progress=progress)
@@ -70,33 +74,17 @@ def verify_bundle(
     return verify_against_reference(engine, origin, Reference(bundle.file(FILE_NAME)), progress=progress)
 
 
-def _engine(bundle: Bundle, target: str) -> EngineUnderTest:
-    engines = bundle.manifest.fields["engines"]
-    if not engines:
-        raise BundleError(
-            "verification runs an engine",
-            received="a bundle of graphs alone (--graph-only)",
-            fix="export it without --graph-only",
-        )
+def _engine(bundle: Bundle, target: str, whole: bool) -> EngineUnderTest:
     name = runnable_target(bundle) if target == "auto" else target
-    if name not in engines:
-        if name not in ORT_TARGETS:
-            raise UsageError(
-                f"an engine is one of {', '.join(engines)}", received=repr(name), fix="name one of them"
-            )
-        raise MachineError(
-            f"the bundle has engines for {', '.join(engines)}",
-            received=name,
-            fix=f"mmdit-export … --target {name}",
-        )
     return EngineUnderTest(
         bundle.name,
-        bundle.file(engines[name]["graph"]),
+        engine_graph(bundle, name),
         name,
         bundle.spec,
         bundle.contract,
         bundle.precision,
         tuple(bundle.manifest.fields["outputs"]),
+        whole,
     )
 
 

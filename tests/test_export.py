@@ -18,6 +18,7 @@ from mmdit_deploy.errors import BundleError, MachineError, ParityError, UsageErr
 from mmdit_deploy.export import ExportRequest, export, preflight, versions
 from mmdit_deploy.graph.pipeline import Graphs
 from mmdit_deploy.spec import PRECISIONS, ModelSpec, from_depth, preset
+from mmdit_deploy.verification import verify_bundle
 
 SMALL = {"batch": Range(1, 1, 1), "img_tokens": Range(4, 16, 16), "txt_tokens": Range(1, 8, 8)}
 
@@ -184,3 +185,16 @@ def test_preflight_sees_what_is_in_the_bundles_place(request_: ExportRequest) ->
         with pytest.raises(BundleError, match="out/b exists"):
             preflight(dataclasses.replace(request_, force=force))
     assert (request_.out / "notes.txt").read_text() == "mine"
+
+
+def test_exposed_blocks_are_compared_too(request_: ExportRequest, traced_once: None) -> None:
+    """The whole engine returns a block's tokens: they are held against the eager model's, now and without weights."""
+    result = export(dataclasses.replace(request_, outputs=("blocks.0",)))
+    assert {c.name for c in result.verdicts[0].checks if c.level == "engine"} == {"sample", "blocks.0"}
+    again = verify_bundle(result.path)
+    assert again.passed and {c.name for c in again.checks if c.level == "engine"} == {"sample", "blocks.0"}
+
+
+def test_no_target_is_refused(request_: ExportRequest) -> None:
+    with pytest.raises(UsageError, match="at least one target"):
+        export(dataclasses.replace(request_, targets=()))

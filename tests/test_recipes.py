@@ -25,7 +25,7 @@ def test_there_is_a_recipe_per_model_and_precision() -> None:
 def test_shipped_recipes_make_a_contract(name: str) -> None:
     recipe = load_recipe(name)
     assert name == recipe.name == f"{recipe.preset}-{recipe.precision}"
-    assert recipe.targets == ("ort-cpu",)
+    assert recipe.targets == ()  # the machine decides
     contract = Contract.of(preset(recipe.preset), precision(recipe.precision), recipe.ranges)
     assert contract.ranges == recipe.ranges
 

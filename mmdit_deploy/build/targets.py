@@ -16,9 +16,11 @@ def check_targets(names: Sequence[str]) -> tuple[str, ...]:
     """The targets to build, without repeats.
 
     Raises:
-        UsageError: a name is no target.
+        UsageError: a name is no target, or there is none.
         MachineError: a TensorRT target, which this version does not build.
     """
+    if not names:
+        raise UsageError("a bundle has at least one target", received="none", fix="--target ort-cpu")
     for name in names:
         if _TENSORRT.fullmatch(name):
             raise MachineError(

@@ -147,15 +147,23 @@ def _check_content(directory: Path, manifest: Manifest) -> None:
 
 
 def _bundle(directory: Path, manifest: Manifest) -> Bundle:
-    def field(name: str, kind: type) -> Any:
+    def field(name: str, kind: type, *, may_be_empty: bool = False) -> Any:
         value = manifest.fields.get(name)
-        if not isinstance(value, kind) or not value:
+        if not isinstance(value, kind) or not (value or may_be_empty):
             shown = "no such field" if name not in manifest.fields else ascii(value)[:80]
             raise _malformed(directory, f"{name}: {shown}")
         return value
 
     name, compute = field("name", str), field("precision", str)
-    spec, contract = field("spec", dict), field("contract", dict)
+    spec, contract, weights = field("spec", dict), field("contract", dict), field("weights", dict)
+    engines, outputs = field("engines", dict, may_be_empty=True), field("outputs", list, may_be_empty=True)
+    for part, well_formed in (
+        ("weights", _are_weights(weights)),
+        ("engines", all(isinstance(e, dict) and isinstance(e.get("graph"), str) for e in engines.values())),
+        ("outputs", all(isinstance(output, str) for output in outputs)),
+    ):
+        if not well_formed:
+            raise _malformed(directory, f"{part}: {ascii(manifest.fields[part])[:80]}")
     try:
         return Bundle(
             directory,
@@ -171,9 +179,15 @@ def _bundle(directory: Path, manifest: Manifest) -> Bundle:
         raise _malformed(directory, f"{type(error).__name__}: {error}") from error
 
 
+def _are_weights(value: dict[str, Any]) -> bool:
+    """Whether this says where weights come from, and the seed of random ones."""
+    origin, random, seed = value.get("origin"), value.get("random"), value.get("seed")
+    return isinstance(origin, str) and isinstance(random, bool) and (not random or type(seed) is int)
+
+
 def _malformed(directory: Path, received: str) -> BundleError:
     return BundleError(
-        f"{directory / MANIFEST} must have a name, a spec, a contract and a precision",
+        f"{directory / MANIFEST} must have a name, a spec, a contract, a precision, weights, engines and outputs",
         received=received,
         fix=_REMEDY,
     )

@@ -55,10 +55,6 @@ class Checkpoint:
         self.total_bytes = sum(info.nbytes for info in self.tensors.values())
         self.dtypes: dict[torch.dtype, int] = dict(Counter(info.dtype for info in self.tensors.values()))
 
-    def file_of(self, key: str) -> Path:
-        """The file that holds a tensor, for messages. Raises KeyError for an unknown key."""
-        return self._file_of[key].path
-
     def read(self, key: str) -> torch.Tensor:
         """Gives one tensor as a view of its mapped file; see `SafetensorsFile.read`.
 

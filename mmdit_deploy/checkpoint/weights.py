@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -16,13 +16,12 @@ from mmdit_deploy.checkpoint.keys import POSITION_TABLE, Parameter, Part, parame
 from mmdit_deploy.checkpoint.random_source import random_tensor, weight_statistics
 from mmdit_deploy.checkpoint.safetensors_file import SafetensorsFile
 from mmdit_deploy.checkpoint.safetensors_header import TensorInfo
+from mmdit_deploy.checkpoint.weight_files import name_some
 from mmdit_deploy.checkpoint.writer import Layout, plan_layout
 from mmdit_deploy.errors import CheckpointError
 from mmdit_deploy.model.embeddings import SincosPositions
 from mmdit_deploy.model.mmdit import grid_ids
 from mmdit_deploy.spec import ModelSpec, spec_from_config
-
-LISTED = 8  # keys named in an error before "and n more"
 
 
 class WeightSource(Protocol):
@@ -118,15 +117,15 @@ def model_name(folder: Path) -> str:
 
 def _check_fit(tensors: dict[str, TensorInfo], spec: ModelSpec, *, where: str) -> None:
     expected = {part.key: part.shape for parameter in parameters(spec) for part in parameter.parts}
-    missing = sorted(set(expected) - set(tensors))
-    extra = sorted(set(tensors) - set(expected) - {POSITION_TABLE})
+    missing = set(expected) - set(tensors)
+    extra = set(tensors) - set(expected) - {POSITION_TABLE}
     misshaped = [
         f"{key} {list(tensors[key].shape)}, expected {list(shape)}"
         for key, shape in expected.items()
         if key in tensors and tensors[key].shape != shape
     ]
     problems = [
-        f"{len(keys)} {what}: {_listed(keys)}"
+        f"{len(keys)} {what}: {name_some(keys)}"
         for what, keys in (("missing", missing), ("not of this model", extra), ("mis-shaped", misshaped))
         if keys
     ]
@@ -136,12 +135,6 @@ def _check_fit(tensors: dict[str, TensorInfo], spec: ModelSpec, *, where: str) -
             received="; ".join(problems),
             fix="check that config.json belongs to these files, and download the folder again",
         )
-
-
-def _listed(keys: Iterable[str]) -> str:
-    keys = list(keys)
-    more = f", and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
-    return ", ".join(keys[:LISTED]) + more
 
 
 def _table_differs(checkpoint: Checkpoint, spec: ModelSpec) -> bool:

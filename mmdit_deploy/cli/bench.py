@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from mmdit_deploy.cli.terminal import emit, run_command
+from mmdit_deploy.cli.terminal import check_report_path, emit, run_command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,9 +25,6 @@ def parser() -> argparse.ArgumentParser:
         "--rounds", type=int, default=10, metavar="N", help="calls measured per rival (default 10)"
     )
     p.add_argument("-o", "--out", type=Path, metavar="FILE", help="also write the JSON document to a file")
-    p.add_argument(
-        "--json", action="store_true", help="one JSON document on standard output, text on standard error"
-    )
     return p
 
 
@@ -47,6 +44,7 @@ def _work(args: argparse.Namespace) -> int:
             raise UsageError(
                 f"--{name.replace('_', '-')} is at least 1", received=str(value), fix="give a positive number"
             )
+    check_report_path("--out", args.out)
     report = bench_bundle(
         args.bundle,
         args.engine,
@@ -55,8 +53,8 @@ def _work(args: argparse.Namespace) -> int:
         txt_tokens=args.txt_tokens,
         rounds=args.rounds,
     )
+    emit(args, report.text(), report.to_json())  # first: a disk that is full takes no report
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(args.out, json.dumps(report.to_json(), indent=1) + "\n")
-    emit(args, report.text(), report.to_json())
     return 0

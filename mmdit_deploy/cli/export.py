@@ -12,13 +12,12 @@ from mmdit_deploy.errors import UsageError
 
 if TYPE_CHECKING:
     from mmdit_deploy.checkpoint.weights import WeightSource
-    from mmdit_deploy.export import ExportRequest
+    from mmdit_deploy.export import ExportRequest, default_targets
     from mmdit_deploy.recipes import Recipe
     from mmdit_deploy.spec import ModelSpec
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 AXES = ("batch", "img_tokens", "txt_tokens")
-DEFAULT_TARGETS = ("ort-cpu",)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
         "--target",
         action="append",
         metavar="TARGET",
-        help="engine to build: ort-cpu (the default), ort-cuda; may repeat",
+        help="engine to build: ort-cuda (the default where there is a GPU) or ort-cpu; may repeat",
     )
     p.add_argument("--batch", metavar="MIN:OPT:MAX", help="range of the batch axis (default 1:2:4)")
     p.add_argument(
@@ -72,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
         "-o", "--out", type=Path, metavar="DIR", help="the bundle (default dist/<name>-<precision>)"
     )
     p.add_argument("--force", action="store_true", help="replace an existing bundle, whole")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="seed of random weights (default 0)")
+    p.add_argument("--seed", type=int, metavar="N", help="seed of random weights (default 0)")
     p.add_argument(
         "--no-verify", dest="verify", action="store_false", help="do not compare with the eager model"
     )
@@ -136,6 +135,12 @@ def _request(args: argparse.Namespace) -> ExportRequest:
     from mmdit_deploy.recipes import load_recipe
     from mmdit_deploy.spec import precision
 
+    if args.thorough and (args.graph_only or not args.verify):
+        raise UsageError(
+            "--thorough says what to verify",
+            received="--thorough with " + ("--graph-only" if args.graph_only else "--no-verify"),
+            fix="drop one of them",
+        )
     recipe = load_recipe(args.recipe) if args.recipe else None
     spec, source = _model(args, recipe)
     ranges = dict(recipe.ranges) if recipe else {}
@@ -146,7 +151,7 @@ def _request(args: argparse.Namespace) -> ExportRequest:
         spec=spec,
         source=source,
         precision=precision(args.precision or (recipe.precision if recipe else "fp16")),
-        targets=tuple(args.target or (recipe.targets if recipe else DEFAULT_TARGETS)),
+        targets=tuple(args.target or (recipe and recipe.targets) or default_targets()),
         out=args.out,
         ranges=ranges,
         outputs=tuple(args.outputs or ()),
@@ -170,14 +175,20 @@ def _model(args: argparse.Namespace, recipe: Recipe | None) -> tuple[ModelSpec, 
                 received=f"CHECKPOINT and --depth {args.depth}",
                 fix="drop --depth, or drop the checkpoint to export random weights",
             )
+        if args.seed is not None:
+            raise UsageError(
+                "a seed makes random weights",
+                received=f"CHECKPOINT and --seed {args.seed}",
+                fix="drop --seed, or drop the checkpoint",
+            )
         spec, source = open_weights(args.checkpoint)
         if name is not None:
             _check_same(spec, preset(name))
         return spec, source
     if args.depth is not None:
-        return from_depth(_depth(args.depth)), RandomWeights(args.seed)
+        return from_depth(_depth(args.depth)), RandomWeights(args.seed or 0)
     if name is not None:
-        return preset(name), RandomWeights(args.seed)
+        return preset(name), RandomWeights(args.seed or 0)
     raise UsageError(
         "say what to export",
         received="no CHECKPOINT, --preset, --depth or --recipe",

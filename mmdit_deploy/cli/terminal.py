@@ -12,10 +12,12 @@ import json
 import math
 import os
 import signal
+import stat
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -26,10 +28,11 @@ _BY_SIGNAL = 128  # a shell's way to say that a signal ended a command
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
 _MACHINE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 _USAGE_ERRNOS = (errno.EACCES, errno.EPERM)
+_PATH_ERRNOS = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 class _Terminated(KeyboardInterrupt):
-    """A polite signal to stop. It is cleaned up after as Ctrl-C is."""
+    """Ctrl-C, or another polite signal to stop."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -61,18 +64,24 @@ def run_command(
         args = parser.parse_args(argv)
     except SystemExit as exit_:  # --help, --version, or a usage error that argparse has told
         return exit_.code if isinstance(exit_.code, int) else 2
+    with _polite_signals():
+        return _status(parser, work, args)
+
+
+def _status(
+    parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], int], args: argparse.Namespace
+) -> int:
     try:
-        with _polite_signals():
-            status = work(args)
-            sys.stdout.flush()
-            return status
+        status = work(args)
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:  # `mmdit-inspect … | head`
         _discard_stdout()
         return _BY_SIGNAL + signal.SIGPIPE
     except KeyboardInterrupt as interrupt:
         number = interrupt.number if isinstance(interrupt, _Terminated) else signal.SIGINT
         status = _BY_SIGNAL + number
-        _print_error(args, "interrupted; nothing was left behind", kind="Interrupted", status=status)
+        _print_error(args, "interrupted", kind="Interrupted", status=status)
         return status
     except Exception as error:
         known = _as_known(error)
@@ -102,6 +111,36 @@ def emit(args: argparse.Namespace, text: str, data: dict[str, Any]) -> None:
     print(text, file=sys.stderr)
     print(json.dumps(_finite(data), indent=1, allow_nan=False))
     args.emitted = True  # one document only: an error that follows is told on stderr alone
+
+
+def check_report_path(option: str, path: Path | None) -> None:
+    """Refuse a path that a report cannot be written to, before the work that it is about. Nothing is made yet.
+
+    Args:
+        option: that it was given with, e.g. ``--html``.
+        path: the file; None where the option was not given.
+
+    Raises:
+        UsageError: something else than a file is there, or its folder cannot be made or written to.
+    """
+    reason = _unwritable(path) if path is not None else None
+    if reason:
+        raise UsageError(f"{option} names a file that can be written", received=f"{path}: {reason}", fix="name another")
+
+
+def _unwritable(path: Path) -> str | None:
+    try:
+        if os.path.lexists(path) and not stat.S_ISREG(path.stat().st_mode):
+            return "a folder" if path.is_dir() else "no regular file"
+        folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+        if not stat.S_ISDIR(folder.stat().st_mode):
+            return f"{folder} is no folder"
+        for part in path.absolute().relative_to(folder).parts:
+            with contextlib.suppress(FileNotFoundError):
+                (folder / part).lstat()  # the folders to be made may have names that are too long
+    except OSError as error:
+        return error.strerror or str(error)
+    return None if os.access(folder, os.W_OK | os.X_OK) else f"{folder} cannot be written to"
 
 
 def table(rows: Sequence[Sequence[str]], *, indent: str = "  ") -> str:
@@ -169,6 +208,12 @@ def _as_known(error: Exception) -> MMDiTError | None:
             received=str(error),
             fix="check the permissions, or name another path",
         )
+    if isinstance(error, OSError) and error.errno in _PATH_ERRNOS:
+        return UsageError(
+            "a path must name a file where a file is meant, in a folder, and be of a length that the disk takes",
+            received=str(error),
+            fix="name another path",
+        )
     return None
 
 
@@ -194,7 +239,7 @@ def _finite(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _polite_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind the stack, so that what was begun is cleaned up as after Ctrl-C."""
+    """Ctrl-C, SIGTERM and SIGHUP unwind the stack once, so that what was begun is cleaned up."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python takes handlers in the main thread only
         return
@@ -205,8 +250,9 @@ def _polite_signals() -> Iterator[None]:
         raise _Terminated(number)
 
     replaced = {}
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        # nohup ignores SIGHUP on purpose; a handler that is not Python's (None) could not be put back
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # nohup ignores SIGHUP on purpose, and a shell SIGINT for a job in the background; a handler that is not
+        # Python's (None) could not be put back
         if signal.getsignal(number) not in (signal.SIG_IGN, None):
             replaced[number] = signal.signal(number, stop)
     try:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mmdit_deploy.cli.terminal import emit, run_command
+from mmdit_deploy.cli.terminal import check_report_path, emit, run_command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,9 +34,6 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--junit", type=Path, metavar="FILE", help="write a JUnit report")
     p.add_argument("--html", type=Path, metavar="FILE", help="write an HTML report")
-    p.add_argument(
-        "--json", action="store_true", help="one JSON document on standard output, text on standard error"
-    )
     return p
 
 
@@ -52,6 +49,8 @@ def _work(args: argparse.Namespace) -> int:
     def progress(name: str, index: int, count: int) -> None:
         print(f"verify: {name} ({index + 1} of {count})", file=sys.stderr, flush=True)
 
+    check_report_path("--junit", args.junit)
+    check_report_path("--html", args.html)
     verdict = verify_bundle(
         args.bundle,
         target=args.engine or "auto",
@@ -61,6 +60,7 @@ def _work(args: argparse.Namespace) -> int:
         whole=not args.blocks_only,
         progress=progress,
     )
+    emit(args, verdict_text(verdict), verdict.to_json())  # first: a disk that is full takes no report
     if args.junit:
         write_junit([verdict], args.junit)
     if args.html:
@@ -70,5 +70,4 @@ def _work(args: argparse.Namespace) -> int:
             title=f"{verdict.bundle} on {verdict.target}",
             facts={"weights": verdict.weights},
         )
-    emit(args, verdict_text(verdict), verdict.to_json())
     return 0 if verdict.passed else 1

@@ -56,8 +56,7 @@ def extract_call(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
     used = {value for n in nodes for value in n.input}
     activations = list(dict.fromkeys(value for value in node.input if not is_constant(value)))
 
-    part = onnx.ModelProto()
-    part.CopyFrom(onnx.ModelProto(ir_version=model.ir_version, producer_name=model.producer_name))
+    part = onnx.ModelProto(ir_version=model.ir_version, producer_name=model.producer_name)
     part.opset_import.extend(model.opset_import)
     part.functions.extend(f for f in model.functions if any(f.name == n.op_type for n in nodes))
     part.graph.name = name

@@ -15,7 +15,7 @@ from mmdit_deploy.checkpoint import Layout
 from mmdit_deploy.checkpoint.keys import parameters
 from mmdit_deploy.contract import Contract
 from mmdit_deploy.graph.assemble import Span, assemble, trace_kinds
-from mmdit_deploy.graph.census import check_census
+from mmdit_deploy.graph.census import check_census, implied, implied_lowered
 from mmdit_deploy.graph.fuse import FUSE
 from mmdit_deploy.graph.lower import lower
 from mmdit_deploy.graph.passes import PassResult, run
@@ -75,11 +75,12 @@ def build_graphs(
     model = assemble(spec.name, chain, functions, contract, spans, dtype, location=location)
     clock.append(time.perf_counter())
     passes = {"standard": run(model, FUSE)}
-    census = check_census(model, spec)
+    census = check_census(model, implied(spec), "standard")
     clock.append(time.perf_counter())
     lowered = {}
     for dialect in dialects:
         lowered[dialect], passes[dialect] = lower(model, dialect)
+        check_census(lowered[dialect], implied_lowered(spec), dialect)
     standard = ir.to_proto(model)
     protos = {dialect: ir.to_proto(graph) for dialect, graph in lowered.items()}
     clock.append(time.perf_counter())

@@ -19,10 +19,10 @@ from mmdit_deploy.bundle import Bundle, open_bundle
 from mmdit_deploy.checkpoint import SafetensorsFile
 from mmdit_deploy.checkpoint.keys import parameters
 from mmdit_deploy.checkpoint.weights import FileWeights, read_parameter
-from mmdit_deploy.errors import MachineError
+from mmdit_deploy.errors import UsageError
 from mmdit_deploy.latency.timing import Run, Timing, time_interleaved
 from mmdit_deploy.model import MMDiT
-from mmdit_deploy.runtime import Engine, runnable_target
+from mmdit_deploy.runtime import DEVICES, Engine, available_memory, engine_graph, runnable_target
 from mmdit_deploy.verify.cases import case_inputs, fit_grid
 from mmdit_deploy.verify.records import Case
 
@@ -75,15 +75,17 @@ def bench_bundle(
     """Time a bundle's engines, interleaved with the eager model and `torch.compile`.
 
     Args:
-        targets: engines; by default what this machine can run.
+        targets: engines that run on one device; by default what this machine can run.
         batch, img_tokens, txt_tokens: sizes; by default the contract's optimum.
 
     Raises:
-        MachineError: an engine cannot run here, or the eager model does not fit in memory.
+        UsageError: there is no such engine, or they run on different devices.
+        MachineError: an engine is not in the bundle, or cannot run here.
         ContractError: a size is out of range.
     """
     bundle = open_bundle(path)
-    names = tuple(targets) or (runnable_target(bundle),)
+    names = tuple(dict.fromkeys(targets)) or (runnable_target(bundle),)
+    device = _device(bundle, names)
     ranges = bundle.contract.ranges
     sizes = {
         "batch": batch or ranges["batch"].opt,
@@ -95,15 +97,14 @@ def bench_bundle(
     tokens = sizes["img_tokens"]
     side = max(1, round(tokens**0.5))
     case = Case(sizes["batch"], *fit_grid(side, side, tokens, tokens), sizes["txt_tokens"], 500.0)
-    device = torch.device("cuda" if any(name == "ort-cuda" for name in names) else "cpu")
+    engines = {name: Engine(bundle, name) for name in names}
     inputs = {name: t.to(device) for name, t in case_inputs(case, bundle.contract).items()}
 
-    rivals: dict[str, tuple[str, Run]] = {}
-    not_run: dict[str, str] = {}
-    for name in names:
-        rivals[name] = (execution_of(name, bundle.precision), partial(Engine(bundle, name), inputs))
-    rivals["eager"], rivals["torch.compile"] = _torch_rivals(bundle, inputs, device, not_run)
-    rivals = {name: rival for name, rival in rivals.items() if name not in not_run}
+    rivals: dict[str, tuple[str, Run]] = {
+        name: (execution_of(name, bundle.precision), partial(engine, inputs)) for name, engine in engines.items()
+    }
+    torch_rivals, not_run = _torch_rivals(bundle, inputs, device)
+    rivals |= torch_rivals
 
     timings = time_interleaved(rivals, device, rounds=rounds, warmup=warmup)
     by_name = {t.name: t for t in timings}
@@ -125,11 +126,28 @@ def bench_bundle(
     )
 
 
+def _device(bundle: Bundle, names: Sequence[str]) -> torch.device:
+    """Where all of these engines run; rivals share their inputs."""
+    for name in names:
+        engine_graph(bundle, name)
+    if len({DEVICES[name] for name in names}) > 1:
+        raise UsageError(
+            "engines that are timed together run on one device",
+            received=", ".join(f"{name} on {DEVICES[name]}" for name in names),
+            fix="time them in two runs",
+        )
+    return torch.device(DEVICES[names[0]])
+
+
 def _torch_rivals(
-    bundle: Bundle, inputs: dict[str, Tensor], device: torch.device, not_run: dict[str, str]
-) -> tuple[tuple[str, Run], tuple[str, Run]]:
+    bundle: Bundle, inputs: dict[str, Tensor], device: torch.device
+) -> tuple[dict[str, tuple[str, Run]], dict[str, str]]:
+    """The rivals that can run here, and why the others cannot."""
     # PyTorch's 16-bit kernels on CPU are slower than fp32's on most machines: the fair rival there is fp32.
     dtype = getattr(torch, bundle.precision.dtype) if device.type == "cuda" else torch.float32
+    short = _lacking_memory(bundle, dtype, device)
+    if short:
+        return {}, {"eager": short, "torch.compile": short}
     model = _eager_model(bundle, dtype, device)
     arguments = [t.to(dtype) if t.is_floating_point() and n not in _FP32 else t for n, t in inputs.items()]
     how = f"PyTorch {torch.__version__}, {str(dtype).removeprefix('torch.')} on {device.type}"
@@ -144,34 +162,34 @@ def _torch_rivals(
         with torch.inference_mode():
             return compiled_model(*arguments)
 
+    rivals: dict[str, tuple[str, Run]] = {"eager": (how, eager), "torch.compile": (how, compiled)}
     try:
         compiled()
     except Exception as error:  # no compiler, or a backend that this machine lacks
         said = next(iter(str(error).strip().splitlines()), "no message")
-        not_run["torch.compile"] = f"{type(error).__name__}: {said[:200]}"
-    return (how, eager), (how, compiled)
+        del rivals["torch.compile"]
+        return rivals, {"torch.compile": f"{type(error).__name__}: {said[:200]}"}
+    return rivals, {}
 
 
 _FP32 = ("timestep", "img_ids")
 
 
+def _lacking_memory(bundle: Bundle, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the eager model is not loaded, or None where it fits."""
+    needed = sum(p.numel for p in parameters(bundle.spec)) * dtype.itemsize
+    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    if needed <= available:
+        return None
+    return f"its weights need {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are available"
+
+
 def _eager_model(bundle: Bundle, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The reference model with the bundle's own weights."""
-    table = parameters(bundle.spec)
-    needed = sum(p.numel for p in table) * dtype.itemsize
-    available = (
-        torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    )
-    if needed > available:
-        raise MachineError(
-            "the eager rival needs its weights in memory",
-            received=f"{needed / 1e9:.1f} GB needed, {available / 1e9:.1f} GB available",
-            fix="run on a larger machine",
-        )
     source = FileWeights(SafetensorsFile(bundle.file("weights.safetensors")), "bundle")
     with torch.device("meta"):
         model = MMDiT(bundle.spec)
-    state = {p.path: read_parameter(source, p, dtype).to(device) for p in table}
+    state = {p.path: read_parameter(source, p, dtype).to(device) for p in parameters(bundle.spec)}
     model.load_state_dict(state, strict=True, assign=True)
     return model.to(device).eval()
 

@@ -122,7 +122,7 @@ class MMDiT(nn.Module):
 
         ``(img_latent [B, img_tokens, img_dim], txt_embed [B, txt_tokens, txt_dim], timestep [B],
         pooled_text [B, pooled_dim])`` → ``[B, img_tokens, img_dim]``. The token counts only say what
-        `output_size` and `sample_inputs` assume by default: the model takes any.
+        `output_size` assumes by default: the model takes any.
 
         Args:
             cond_dim: width of the conditioning vector; `hidden_size` by default.

@@ -23,6 +23,7 @@ _ONNX_TYPE = {
     torch.bfloat16: 16,
 }
 PROVIDERS = {"ort-cpu": "CPUExecutionProvider", "ort-cuda": "CUDAExecutionProvider"}
+DEVICES = {"ort-cpu": "cpu", "ort-cuda": "cuda"}  # of torch, where a target's inputs are
 
 
 def import_onnxruntime(target: str) -> Any:
@@ -96,11 +97,11 @@ def run_session(
     """Run once, reading inputs from and writing outputs to torch memory.
 
     Args:
-        inputs: by the session's names, all on one device.
+        inputs: by the session's names.
         outputs: name, dtype and shape of each output.
 
     Returns:
-        New tensors on the inputs' device. Inputs are never written to.
+        New tensors on the first input's device. Inputs are never written to.
     """
     binding = session.io_binding()
     device = next(iter(inputs.values())).device
@@ -110,8 +111,8 @@ def run_session(
         held.append(contiguous)
         binding.bind_input(
             name,
-            device.type,
-            device.index or 0,
+            tensor.device.type,
+            tensor.device.index or 0,
             _ONNX_TYPE[tensor.dtype],
             list(tensor.shape),
             contiguous.data_ptr(),
@@ -122,8 +123,9 @@ def run_session(
         binding.bind_output(
             name, device.type, device.index or 0, _ONNX_TYPE[dtype], list(shape), results[name].data_ptr()
         )
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()  # ONNX Runtime has a stream of its own
+    for used in {tensor.device for tensor in inputs.values()}:
+        if used.type == "cuda":
+            torch.cuda.current_stream(used).synchronize()  # ONNX Runtime has a stream of its own
     session.run_with_iobinding(binding)
     binding.synchronize_outputs()
     return results

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from mmdit_deploy.checkpoint.weights import WeightSource
 from mmdit_deploy.contract import Contract
 from mmdit_deploy.model import Call, calls
 from mmdit_deploy.runtime import open_session, run_session
+from mmdit_deploy.runtime.memory import available_memory
 from mmdit_deploy.spec import ModelSpec, Precision
 from mmdit_deploy.verify.cases import case_inputs
 from mmdit_deploy.verify.chains import EagerCalls, EngineCalls, axis_sizes
@@ -72,7 +72,7 @@ def verify_against_weights(
     start = time.perf_counter()
     tolerance = TOLERANCES[engine.precision.name]
     chain = calls(engine.spec, engine.outputs)
-    checks, samples = stream_parity(
+    checks, outputs = stream_parity(
         chain,
         engine.contract,
         EagerCalls(engine.spec, source),
@@ -84,7 +84,7 @@ def verify_against_weights(
     )
     inputs = [case_inputs(case, engine.contract) for case in cases]
     return _verdict(
-        engine, source.description, checks, cases, inputs, samples, start, "the eager model in fp32"
+        engine, source.description, checks, cases, inputs, outputs, start, "the eager model in fp32"
     )
 
 
@@ -106,9 +106,13 @@ def verify_against_reference(
         chain, engine.contract, _engine_calls(engine, chain), reference, tolerance, progress=progress
     )
     count = range(len(reference.cases))
-    inputs, samples = [reference.inputs(i) for i in count], [reference.sample(i) for i in count]
+    inputs = [reference.inputs(i) for i in count]
+    blocks = [t.name for t in engine.contract.outputs if t.name != "sample"]
+    outputs = [
+        {"sample": reference.sample(i), **{name: reference.digest(i, name) for name in blocks}} for i in count
+    ]
     source = "the eager model in fp32, as recorded in reference.safetensors at export"
-    return _verdict(engine, weights, checks, reference.cases, inputs, samples, start, source)
+    return _verdict(engine, weights, checks, reference.cases, inputs, outputs, start, source)
 
 
 def _engine_calls(engine: EngineUnderTest, chain: Sequence[Call]) -> EngineCalls:
@@ -123,7 +127,7 @@ def _verdict(
     checks: list[Check],
     cases: Sequence[Case],
     inputs: Sequence[Mapping[str, Tensor]],
-    samples: Sequence[Tensor],
+    outputs: Sequence[Mapping[str, Tensor]],
     start: float,
     reference: str,
 ) -> Verdict:
@@ -134,7 +138,7 @@ def _verdict(
     if refusal:
         not_executed.append(f"the whole engine in one session: {refusal}")
     else:
-        checks = checks + _whole_engine(engine, cases, inputs, samples)
+        checks = checks + _whole_engine(engine, cases, inputs, outputs)
         executed.append(f"the whole engine in one session, {len(cases)} cases: {how}")
     return Verdict(
         bundle=engine.name,
@@ -154,16 +158,16 @@ def _whole_engine(
     engine: EngineUnderTest,
     cases: Sequence[Case],
     inputs: Sequence[Mapping[str, Tensor]],
-    samples: Sequence[Tensor],
+    outputs: Sequence[Mapping[str, Tensor]],
 ) -> list[Check]:
     session = open_session(engine.graph, engine.target)
     tolerance = TOLERANCES[engine.precision.name]
     checks = []
-    for case, values, expected in zip(cases, inputs, samples, strict=True):
+    for case, values, expected in zip(cases, inputs, outputs, strict=True):
         sizes = axis_sizes(engine.contract.inputs, [values[t.name] for t in engine.contract.inputs])
-        outputs = [(t.name, getattr(torch, t.dtype), t.shape(sizes)) for t in engine.contract.outputs]
-        results = run_session(session, values, outputs)
-        checks.append(check_output("engine", case, results["sample"], expected, tolerance))
+        wanted = [(t.name, getattr(torch, t.dtype), t.shape(sizes)) for t in engine.contract.outputs]
+        results = run_session(session, values, wanted)
+        checks += [check_output(name, case, results[name], expected[name], tolerance) for name in expected]
     return checks
 
 
@@ -174,7 +178,7 @@ def _whole_engine_refusal(engine: EngineUnderTest) -> str | None:
     if engine.target != "ort-cpu":
         return None
     numel = sum(p.numel for p in parameters(engine.spec))
-    needed, available = ORT_CPU_MEMORY_FACTOR * 4 * numel, psutil.virtual_memory().available
+    needed, available = ORT_CPU_MEMORY_FACTOR * 4 * numel, available_memory()
     if needed <= available:
         return None
     return f"it needs about {needed / GIB:.1f} GiB of memory, and {available / GIB:.1f} GiB are available"

@@ -112,11 +112,6 @@ class Verdict:
         """The first check out of tolerance, in the order of the model."""
         return next((c for c in self.checks if not c.passed), None)
 
-    def worst(self, level: Level) -> Check | None:
-        """The check with the largest error at a level; non-finite is worse than any figure."""
-        at_level = [c for c in self.checks if c.level == level]
-        return max(at_level, key=lambda c: c.errors.badness, default=None)
-
     def to_json(self) -> dict[str, Any]:
         """JSON-ready, with `passed` included; NaN and infinity become None."""
         data = dataclasses.asdict(self)

@@ -29,7 +29,15 @@ CONTENT = {
 def fields() -> dict[str, Any]:
     """The manifest's fields that `open_bundle` reads."""
     contract = Contract.of(SPEC, PRECISIONS["fp16"])
-    return {"name": "mini", "spec": SPEC.to_json(), "contract": contract.to_json(), "precision": "fp16"}
+    return {
+        "name": "mini",
+        "spec": SPEC.to_json(),
+        "contract": contract.to_json(),
+        "precision": "fp16",
+        "weights": {"origin": "random (seed 0)", "random": True, "seed": 0},
+        "engines": {"ort-cpu": {"graph": "model.onnx"}},
+        "outputs": ["blocks.0"],
+    }
 
 
 @pytest.fixture

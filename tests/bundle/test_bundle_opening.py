@@ -142,7 +142,7 @@ def test_a_link_to_a_bundle_is_followed_once(bundle: Path, tmp_path: Path) -> No
     assert opened.file("model.onnx").read_bytes() == b"graph"
 
 
-@pytest.mark.parametrize("field", ["name", "spec", "contract", "precision"])
+@pytest.mark.parametrize("field", ["name", "spec", "contract", "precision", "weights"])
 @pytest.mark.parametrize("value", [None, 3, "", {}, [], [1], True])
 def test_a_field_that_is_missing_or_wrong_is_named(bundle: Path, field: str, value: object) -> None:
     _edit(bundle, lambda document: document.update({field: value}))
@@ -151,6 +151,35 @@ def test_a_field_that_is_missing_or_wrong_is_named(bundle: Path, field: str, val
     _edit(bundle, lambda document: document.pop(field))
     with pytest.raises(BundleError, match=f"{field}: no such field"):
         open_bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("engines", value) for value in (None, 3, "", [], ["ort-cpu"], {"ort-cpu": "model.onnx"})),
+        *(("engines", {"ort-cpu": engine}) for engine in ({}, {"graph": None}, {"graph": ["model.onnx"]})),
+        *(("outputs", value) for value in (None, 3, "", {}, "blocks.0", [1], [None])),
+        *(("weights", {"random": value, "origin": "here"}) for value in (None, 0, "no", True)),
+        ("weights", {"random": False}),
+        ("weights", {"random": False, "origin": 3}),
+        *(("weights", {"random": True, "seed": seed, "origin": "here"}) for seed in (None, "0", 0.5, True)),
+    ],
+)
+def test_what_later_stages_read_is_there_and_well_formed(bundle: Path, field: str, value: object) -> None:
+    _edit(bundle, lambda document: document.update({field: value}))
+    with pytest.raises(BundleError, match=f"{field}: "):
+        open_bundle(bundle)
+    _edit(bundle, lambda document: document.pop(field))
+    with pytest.raises(BundleError, match=f"{field}: no such field"):
+        open_bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"engines": {}}, {"outputs": []}, {"weights": {"origin": "checkpoint /x", "random": False}}]
+)
+def test_a_bundle_of_graphs_alone_opens(bundle: Path, changes: dict[str, Any]) -> None:
+    _edit(bundle, lambda document: document.update(changes))
+    open_bundle(bundle)
 
 
 @pytest.mark.parametrize(

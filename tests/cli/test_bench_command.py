@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from mmdit_deploy.bundle import read_manifest, write_manifest
 from mmdit_deploy.latency import time_interleaved
 
 
@@ -88,15 +88,28 @@ def test_sizes_out_of_range_are_refused_before_anything_is_made(
 
 def test_an_engine_that_the_bundle_lacks(run: Callable[..., Any], exported: tuple[Path, Any]) -> None:
     run("bench", exported[0], "--engine", "rtx:sm89").refused(2, "ort-cpu", "rtx:sm89")
+    run("bench", exported[0], "--engine", "ort-cuda").refused(3, "ort-cpu", "--target ort-cuda")
 
 
-def test_an_eager_model_that_does_not_fit(
+def test_engines_on_different_devices_are_not_timed_together(run: Callable[..., Any], bundle: Path) -> None:
+    fields = dict(read_manifest(bundle).fields)
+    fields["engines"] = {target: fields["engines"]["ort-cpu"] for target in ("ort-cuda", "ort-cpu")}
+    write_manifest(bundle, fields)
+    arguments = ("--engine", "ort-cuda", "--engine", "ort-cpu")
+    run("bench", bundle, *arguments).refused(2, "ort-cuda on cuda, ort-cpu on cpu", "two runs")
+
+
+def test_an_eager_model_that_does_not_fit_is_not_loaded(
     run: Callable[..., Any], exported: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "mmdit_deploy.latency.bundle.psutil.virtual_memory", lambda: SimpleNamespace(available=1000)
-    )
-    run("bench", exported[0]).refused(3, "memory")
+    monkeypatch.setattr("mmdit_deploy.latency.bundle.available_memory", lambda: 1000)
+    monkeypatch.setattr("mmdit_deploy.latency.bundle.MMDiT", lambda _: pytest.fail("it was loaded"))
+    result = run("bench", exported[0], "--rounds", "1", "--json")
+    assert result.status == 0, result.err
+    data = result.json
+    assert [t["name"] for t in data["timings"]] == ["ort-cpu"] and data["ratios"] == {}
+    assert set(data["not_run"]) == {"eager", "torch.compile"}
+    assert "of memory, and 0.0 GB are available" in data["not_run"]["eager"]
 
 
 def test_rivals_take_turns_and_short_ones_are_settled_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,8 @@ def bundle(tmp_path: Path) -> Path:
             "precision": "fp16",
             "spec": SPEC.to_json(),
             "contract": Contract.of(SPEC, precision("fp16")).to_json(),
-            "weights": {"origin": "random (seed 7)"},
+            "weights": {"origin": "random (seed 7)", "random": True, "seed": 7},
+            "outputs": [],
             "engines": {"ort-cpu": {"graph": "model.ort.onnx", "execution": "ONNX Runtime on CPU"}},
         },
     )
@@ -100,7 +101,7 @@ def test_safetensors(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_bundle(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = inspect(bundle, capsys)
     assert data["kind"] == "bundle" and data["precision"] == "fp16"
-    assert data["weights"] == {"origin": "random (seed 7)"}
+    assert data["weights"]["origin"] == "random (seed 7)" and set(data["engines"]) == {"ort-cpu"}
     assert data["files"]["weights.safetensors"] == 1234
     (verdict,) = data["verdicts"]
     assert verdict == {

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from mmdit_deploy.cli.terminal import emit, run_command, table
+from mmdit_deploy.cli.terminal import check_report_path, emit, run_command, table
 from mmdit_deploy.errors import MachineError, ParityError, UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +56,11 @@ def test_help_imports_nothing_heavy(command: str) -> None:
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 3),
         (OSError(errno.ENOSPC, "No space left on device", "weights.safetensors"), 3),
         (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 2),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "x"), 2),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "file/x"), 2),
+        (FileExistsError(errno.EEXIST, "File exists", "file"), 2),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300), 2),
+        (OSError(errno.ELOOP, "Too many levels of symbolic links", "loop"), 2),
         (KeyboardInterrupt(), 130),
     ],
 )
@@ -68,7 +73,9 @@ def test_expected_errors_have_a_status_and_no_traceback(
     if isinstance(error, UsageError):
         assert err == "mmdit-test: the rule\n  received: this\n  fix:      do that\n"
     if isinstance(error, KeyboardInterrupt):
-        assert err == "interrupted; nothing was left behind\n"
+        assert err == "interrupted\n"
+    if isinstance(error, OSError):
+        assert "received:" in err and str(error) in err and "fix:" in err
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,7 +159,59 @@ def test_signals_unwind_the_stack(number: signal.Signals, status: int, tmp_path:
     process.send_signal(number)
     _, err = process.communicate(timeout=30)
     assert process.returncode == status
-    assert err == "interrupted; nothing was left behind\n" and not partial.exists()
+    assert err == "interrupted\n" and not partial.exists()
+
+
+def test_a_second_ctrl_c_does_not_break_off_the_cleaning_up(tmp_path: Path) -> None:
+    partial, cleaning = tmp_path / "partial", tmp_path / "cleaning"
+    work = (
+        f"    partial, cleaning = Path({str(partial)!r}), Path({str(cleaning)!r})\n"
+        "    try:\n        partial.touch()\n        time.sleep(60)\n"
+        "    finally:\n        cleaning.touch()\n        time.sleep(0.5)\n        partial.unlink()\n"
+    )
+    process = start(work)
+    deadline = time.monotonic() + 30
+    for sign in (partial, cleaning):
+        while not sign.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and err == "interrupted\n" and not partial.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("folder", "a folder"),
+        ("file/x.html", "is no folder"),
+        ("file/a/b/x.html", "is no folder"),
+        ("loop/x.html", "symbolic links"),
+        ("nowhere/x.html", "No such file"),
+        ("fifo", "no regular file"),
+        ("x" * 300, "too long"),
+        ("new/" + "x" * 300 + "/x.html", "too long"),
+    ],
+)
+def test_a_report_that_cannot_be_written_is_refused(tmp_path: Path, name: str, reason: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "nowhere").symlink_to("gone")
+    os.mkfifo(tmp_path / "fifo")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UsageError, match="--html names a file") as caught:
+        check_report_path("--html", tmp_path / name)
+    assert reason in str(caught.value.received)
+    for good in ("x.html", "file", "new/er/x.html", "folder/x.html"):
+        check_report_path("--html", tmp_path / good)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_report_in_a_folder_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(UsageError, match="cannot be written to"):
+        check_report_path("--out", tmp_path / "new" / "x.json")
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
@@ -93,6 +94,7 @@ def test_another_architecture_is_refused(
     [
         (["--thorough"], 2, "--thorough needs the weights"),
         (["--full"], 2, "--checkpoint PATH"),
+        (["--full", "--checkpoint", "no/where"], 2, "--full and --checkpoint"),
         (["--engine", "tpu"], 2, "'tpu'"),
         (["--engine", "ort-cuda"], 3, "--target ort-cuda"),
         (["--checkpoint", "no/where"], 2, "hf download no/where"),
@@ -102,6 +104,34 @@ def test_refusals(
     run: Callable[..., Any], exported: tuple[Path, Any], arguments: list[str], status: int, words: str
 ) -> None:
     run("verify", exported[0], *arguments).refused(status, words)
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [("verify", "--junit"), ("verify", "--html"), ("bench", "-o"), ("bench", "--out")]
+)
+def test_reports_that_cannot_be_written_are_refused_before_the_work(
+    run: Callable[..., Any], exported: tuple[Path, Any], command: str, option: str, tmp_path: Path
+) -> None:
+    """Before the bundle is even opened."""
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "report", tmp_path / ("x" * 300)):
+        run(command, tmp_path / "no-bundle", option, path).refused(2, "a file that can be written", str(path))
+
+
+@pytest.mark.parametrize("full", ["verify --junit", "bench --out"])
+def test_a_full_disk_does_not_take_the_result(
+    run: Callable[..., Any], exported: tuple[Path, Any], full: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("mmdit_deploy.report.junit.write_whole", fail)
+    monkeypatch.setattr("mmdit_deploy.atomic.write_whole", fail)
+    monkeypatch.setattr(torch, "compile", lambda model: fail)
+    command, option = full.split()
+    result = run(command, exported[0], option, tmp_path / "report", "--json")
+    assert result.status == 3 and "No space left" in result.err
+    assert result.json.get("passed") or result.json.get("timings")
 
 
 def test_what_is_no_bundle(run: Callable[..., Any], tmp_path: Path, checkpoint: Path) -> None:

@@ -135,6 +135,7 @@ CASES = {
             "a scale per token": norm(",".join(["1"] * 8), scale="float[B,N,8]"),
             "a shift per channel": norm(",".join(["1"] * 8), shift="float[8]"),
             "a scale per batch": norm(",".join(["1"] * 8), scale="float[1,1,8]"),
+            "over tokens and channels": norm(",".join(["1"] * 8)).replace("<epsilon", "<axis=1, epsilon"),
         },
     ),
     "linear without transpose": Case(
@@ -209,6 +210,17 @@ def test_attributes_are_kept(rule: Pass, text: str) -> None:
     before = execute(model)
     assert rule.apply(model) == 1
     np.testing.assert_allclose(execute(model), before, rtol=2e-5, atol=2e-6)
+
+
+def test_a_norm_that_is_modulated_twice() -> None:
+    """As in a dual-attention block, whose equal norms the exporter merges."""
+    text = norm(",".join(["1"] * 8)).replace("(float[B,N,8] y)", "(float[B,N,8] y, float[B,N,8] z)")
+    model = parse(text.replace("y = Add(m, shift)", "y = Add(m, shift) o = Mul(n, shift) z = Add(o, scale)"))
+    before = execute(model)
+    assert adaln.apply(model) == 2
+    assert ops(model) == Counter({"LayerNormalization": 2})
+    np.testing.assert_allclose(execute(model), before, rtol=2e-5, atol=2e-6)
+    assert adaln.apply(model) == 0
 
 
 def test_shared_values_are_kept() -> None:

@@ -20,9 +20,11 @@ from mmdit_deploy.checkpoint.keys import parameters
 from mmdit_deploy.checkpoint.weights import RandomWeights, weights_layout
 from mmdit_deploy.contract import AXES, Contract, Range
 from mmdit_deploy.errors import GraphError
-from mmdit_deploy.graph.census import census, check_census, implied
+from mmdit_deploy.graph.census import census, check_census, implied, implied_lowered
+from mmdit_deploy.graph.function_types import type_function_inputs
 from mmdit_deploy.graph.fuse import FUSE
 from mmdit_deploy.graph.lower import DIALECTS
+from mmdit_deploy.graph.passes import run
 from mmdit_deploy.graph.pipeline import Graphs, build_graphs
 from mmdit_deploy.model import MMDiT, grid_ids
 from mmdit_deploy.runtime import open_session, run_session
@@ -67,6 +69,21 @@ def test_the_census_is_what_the_spec_implies(tiny_spec: ModelSpec, graphs_of: Gr
     assert implied(spec)["Gelu"] == 2 * spec.depth - 1
 
 
+def test_a_pass_that_does_not_fire_is_an_error(tiny_spec: ModelSpec, graphs_of: GraphsOf) -> None:
+    """Each pass of the dialect is missed when it is left out, also on dual-attention blocks."""
+    for change in CHANGES:
+        spec = spec_with(tiny_spec, change)
+        standard = ir.from_proto(graphs_of(spec).standard)
+        type_function_inputs(standard, standard.functions)
+        for left_out in DIALECTS["ort"]:
+            model = standard.clone()
+            for imports in (model.opset_imports, *(f.opset_imports for f in model.functions.values())):
+                imports["com.microsoft"] = 1
+            run(model, [step for step in DIALECTS["ort"] if step is not left_out])
+            with pytest.raises(GraphError, match="the ort graph has each attention and norm"):
+                check_census(model, implied_lowered(spec), "ort")
+
+
 def test_every_attention_and_every_linear_layer_is_lowered(tiny_spec: ModelSpec, graphs_of: GraphsOf) -> None:
     for change in CHANGES:
         spec = spec_with(tiny_spec, change)
@@ -83,7 +100,7 @@ def test_an_attention_left_in_pieces_is_an_error(tiny_spec: ModelSpec, graphs_of
     node = next(n for n in body.node if n.op_type == "Attention")
     node.op_type = "Softmax"
     with pytest.raises(GraphError) as caught:
-        check_census(ir.from_proto(broken), tiny_spec)
+        check_census(ir.from_proto(broken), implied(tiny_spec), "standard")
     assert "Attention: expected 2, found 1" in str(caught.value)
     assert "Softmax: expected 0, found 1" in str(caught.value)
     assert caught.value.exit_status == 3
@@ -92,7 +109,7 @@ def test_an_attention_left_in_pieces_is_an_error(tiny_spec: ModelSpec, graphs_of
 def test_a_graph_of_another_model_is_an_error(tiny_spec: ModelSpec, graphs_of: GraphsOf) -> None:
     graph = ir.from_proto(graphs_of(tiny_spec).standard)
     with pytest.raises(GraphError, match="RMSNormalization: expected 0, found 8"):
-        check_census(graph, dataclasses.replace(tiny_spec, qk_norm=False))
+        check_census(graph, implied(dataclasses.replace(tiny_spec, qk_norm=False)), "standard")
 
 
 def test_the_census_counts_a_function_once_per_call(tiny_spec: ModelSpec, graphs_of: GraphsOf) -> None:

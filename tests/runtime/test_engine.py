@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +15,9 @@ from torch import Tensor
 
 from mmdit_deploy.checkpoint import random_tensor
 from mmdit_deploy.checkpoint.weights import RandomWeights
-from mmdit_deploy.errors import BundleError, ContractError
+from mmdit_deploy.errors import BundleError, ContractError, MachineError, MissingPackageError, MMDiTError, UsageError
 from mmdit_deploy.model import MMDiT, grid_ids
-from mmdit_deploy.runtime import Engine, runnable_target
+from mmdit_deploy.runtime import Engine, engine_graph, runnable_target
 from mmdit_deploy.spec import ModelSpec
 from mmdit_deploy.verify.metrics import compare
 
@@ -94,21 +97,117 @@ def test_auto_takes_what_runs_here(tiny_bundle: Path, engine: Engine) -> None:
 
 
 def test_an_engine_that_the_bundle_lacks(tiny_bundle: Path) -> None:
-    with pytest.raises(BundleError) as caught:
+    with pytest.raises(MachineError) as caught:
         Engine.load(tiny_bundle, "ort-cuda")
     assert "ort-cpu" in caught.value.rule and caught.value.received == "ort-cuda"
     assert "--target ort-cuda" in str(caught.value.fix)
+    for name in ("tpu", "rtx:sm89", ""):
+        with pytest.raises(UsageError, match="an engine is one of ort-cpu"):
+            Engine.load(tiny_bundle, name)
+
+
+def with_engines(*targets: str) -> Any:
+    """What is asked of a bundle about its engines."""
+    engines = {target: {"graph": f"{target}.onnx"} for target in targets}
+    return SimpleNamespace(name="tiny", manifest=SimpleNamespace(fields={"engines": engines}), file=Path)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes this a machine with these providers of ONNX Runtime, and a GPU or not."""
+
+    def become(*providers: str, gpu: bool = False) -> None:
+        names = [f"{name}ExecutionProvider" for name in providers]
+        installed = SimpleNamespace(get_available_providers=lambda: names)
+        monkeypatch.setitem(__import__("sys").modules, "onnxruntime", installed if providers else None)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+
+    return become
+
+
+@pytest.mark.parametrize(
+    ("providers", "gpu", "engines", "chosen"),
+    [
+        (["CUDA", "CPU"], True, ["ort-cpu", "ort-cuda"], "ort-cuda"),
+        (["CPU"], True, ["ort-cuda", "ort-cpu"], "ort-cpu"),  # a GPU, and the onnxruntime without it
+        (["CUDA", "CPU"], False, ["ort-cuda", "ort-cpu"], "ort-cpu"),  # onnxruntime-gpu, and no GPU
+        (["CUDA", "CPU"], True, ["ort-cpu"], "ort-cpu"),
+    ],
+)
+def test_auto_takes_a_gpu_where_all_of_it_is_there(
+    machine: Callable[..., None], providers: list[str], gpu: bool, engines: list[str], chosen: str
+) -> None:
+    machine(*providers, gpu=gpu)
+    assert runnable_target(with_engines(*engines)) == chosen
+
+
+def test_auto_where_nothing_runs(machine: Callable[..., None]) -> None:
+    machine("CPU", gpu=True)
+    with pytest.raises(MachineError, match="--target ort-cpu") as caught:
+        runnable_target(with_engines("ort-cuda"))
+    assert "ort-cuda" in str(caught.value.received) and "CPUExecutionProvider" in str(caught.value.received)
+    machine()
+    for engine, extra in (("ort-cpu", "cpu"), ("ort-cuda", "gpu")):
+        with pytest.raises(MissingPackageError, match=rf"mmdit-deploy\[{extra}\]"):
+            runnable_target(with_engines(engine))
+
+
+@pytest.mark.parametrize("ask", [runnable_target, lambda bundle: engine_graph(bundle, "ort-cpu")])
+def test_a_bundle_of_graphs_alone(ask: Callable[[Any], object]) -> None:
+    with pytest.raises(BundleError, match="--graph-only"):
+        ask(with_engines())
+
+
+@pytest.mark.parametrize(
+    ("target", "error"), [("ort-cpu", None), ("ort-cuda", MachineError), ("trt", UsageError), ("tpu", UsageError)]
+)
+def test_the_graph_of_an_engine(target: str, error: type[MMDiTError] | None) -> None:
+    bundle = with_engines("ort-cpu", "trt")  # of a later version, perhaps
+    if error is None:
+        assert engine_graph(bundle, target) == Path("ort-cpu.onnx")
+        return
+    with pytest.raises(error, match="ort-cpu"):
+        engine_graph(bundle, target)
+
+
+@pytest.mark.parametrize(
+    ("target", "devices", "rule", "received", "fix"),
+    [
+        ("ort-cpu", {"timestep": "meta"}, "timestep is on the device that ort-cpu runs on: cpu", "meta", 'to("cpu")'),
+        ("ort-cuda", {"timestep": "cpu"}, "timestep is on the device that ort-cuda runs on: cuda", "cpu", 'to("cuda")'),
+        ("ort-cuda", {"img_ids": "cuda:1"}, "img_ids is on the device of", "cuda:1", 'img_ids.to("cuda:0")'),
+    ],
+)
+def test_tensors_elsewhere_never_reach_the_runtime(
+    engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    target: str,
+    devices: dict[str, str],
+    rule: str,
+    received: str,
+    fix: str,
+) -> None:
+    monkeypatch.setattr("mmdit_deploy.runtime.engine.run_session", lambda *_: pytest.fail("the runtime saw it"))
+    engine = copy.copy(engine)
+    engine.target = target
+    rest = "cuda:0" if target == "ort-cuda" else "cpu"
+    feed: Any = {
+        name: SimpleNamespace(dtype=t.dtype, shape=t.shape, device=torch.device(devices.get(name, rest)))
+        for name, t in inputs(engine).items()
+    }
+    with pytest.raises(ContractError) as caught:
+        engine(feed)
+    assert rule in caught.value.rule and caught.value.received == received and fix in str(caught.value.fix)
 
 
 def test_a_changed_byte_is_refused_before_anything_is_loaded(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(tiny_bundle, copy)
-    weights = copy / "weights.safetensors"
+    folder = Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
+    weights = folder / "weights.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
     monkeypatch.setattr("mmdit_deploy.runtime.engine.open_session", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(BundleError, match=r"weights\.safetensors"):
-        Engine.load(copy)
+        Engine.load(folder)

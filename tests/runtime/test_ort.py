@@ -66,6 +66,25 @@ def test_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bound == {"x": x.data_ptr(), "y": out["y"].data_ptr()}
 
 
+def test_each_tensor_is_bound_where_it_is() -> None:
+    """The runtime believes what it is told: an address of the CPU, called one of a GPU, ends the process."""
+    bound: dict[str, str] = {}
+
+    class Binding:
+        def bind_input(self, name: str, device: str, *_: Any) -> None:
+            bound[name] = device
+
+        bind_output = bind_input
+
+        def synchronize_outputs(self) -> None:
+            pass
+
+    session = SimpleNamespace(io_binding=Binding, run_with_iobinding=lambda binding: None)
+    feed = {"x": torch.ones(2, device="meta"), "timestep": torch.ones(2)}
+    run_session(session, feed, [("y", torch.float32, (2,))])  # type: ignore[arg-type]
+    assert bound == {"x": "meta", "timestep": "cpu", "y": "meta"}
+
+
 def test_two_runs_do_not_share_outputs() -> None:
     session = open_session(transposing("float"), "ort-cpu")
     outputs = [("y", torch.float32, (2, 2)), ("z", torch.float32, (2, 2))]

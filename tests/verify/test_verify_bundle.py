@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import onnxruntime
@@ -89,7 +88,7 @@ def test_the_whole_engine_is_skipped_where_memory_is_short(
     healthy: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "mmdit_deploy.verify.engine.psutil.virtual_memory", lambda: SimpleNamespace(available=1000)
+        "mmdit_deploy.verify.engine.available_memory", lambda: 1000
     )
     verdict = verify_bundle(healthy("fp16"))
     assert verdict.passed  # the calls one by one are enough, and the verdict says that they are all

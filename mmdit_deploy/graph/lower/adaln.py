@@ -17,12 +17,18 @@ from mmdit_deploy.graph.passes import Pass, rule_pass
 
 
 class _AdaLN(RewriteRuleClassBase):
+    def __init__(self) -> None:
+        # A dual-attention block modulates one norm twice: each use gets its own, and the unused norm is swept up.
+        super().__init__(remove_nodes=False)
+
     def pattern(self, op: Any, x: Any, ones: Any, scale: Any, shift: Any) -> Any:
         normed = op.LayerNormalization(x, ones, _allow_other_attributes=True, _outputs=["normed"])
         return op.Add(op.Mul(normed, scale), shift)
 
-    def check(self, op: Any, x: Any, ones: Any, scale: Any, shift: Any, **_: Any) -> MatchResult:
+    def check(self, op: Any, x: Any, ones: Any, scale: Any, shift: Any, normed: Any, **_: Any) -> MatchResult:
         result = MatchResult()
+        if normed.producer().attributes.get_int("axis", -1) not in (-1, 2):
+            return result.fail("not over the channels alone", normed)
         if ones.const_value is None or not np.all(ones.const_value.numpy() == 1):
             return result.fail("the norm has a weight of its own", ones)
         for value in (scale, shift):
