@@ -12,7 +12,7 @@ from mmdit_deploy.errors import UsageError
 
 if TYPE_CHECKING:
     from mmdit_deploy.checkpoint.weights import WeightSource
-    from mmdit_deploy.export import ExportRequest, default_targets
+    from mmdit_deploy.export import ExportRequest
     from mmdit_deploy.recipes import Recipe
     from mmdit_deploy.spec import ModelSpec
 
@@ -35,21 +35,13 @@ def parser() -> argparse.ArgumentParser:
         help="a diffusers folder; without it, weights are random",
     )
     model = p.add_mutually_exclusive_group()
-    model.add_argument(
-        "--preset", metavar="NAME", help="architecture by name: sd3-medium, sd3.5-medium, sd3.5-large"
-    )
-    model.add_argument(
-        "--depth", metavar="N", help="the SD3 paper's scaling: width 64·N, N heads, N blocks (1 to 128)"
-    )
-    model.add_argument(
-        "--recipe", metavar="NAME|FILE", help="what to export as data: a shipped recipe or a TOML file"
-    )
+    model.add_argument("--preset", metavar="NAME", help="architecture by name: sd3-medium, sd3.5-medium, sd3.5-large")
+    model.add_argument("--depth", metavar="N", help="the SD3 paper's scaling: width 64·N, N heads, N blocks (1 to 128)")
+    model.add_argument("--recipe", metavar="NAME|FILE", help="what to export as data: a shipped recipe or a TOML file")
     precision = p.add_mutually_exclusive_group()
     for name in PRECISIONS:
         help_text = f"compute in {name}" + (" (the default)" if name == "fp16" else "")
-        precision.add_argument(
-            f"--{name}", dest="precision", action="store_const", const=name, help=help_text
-        )
+        precision.add_argument(f"--{name}", dest="precision", action="store_const", const=name, help=help_text)
     p.add_argument(
         "--target",
         action="append",
@@ -57,9 +49,7 @@ def parser() -> argparse.ArgumentParser:
         help="engine to build: ort-cuda (the default where there is a GPU) or ort-cpu; may repeat",
     )
     p.add_argument("--batch", metavar="MIN:OPT:MAX", help="range of the batch axis (default 1:2:4)")
-    p.add_argument(
-        "--img-tokens", metavar="MIN:OPT:MAX", help="range of image tokens (default 256:4096:16384)"
-    )
+    p.add_argument("--img-tokens", metavar="MIN:OPT:MAX", help="range of image tokens (default 256:4096:16384)")
     p.add_argument("--txt-tokens", metavar="MIN:OPT:MAX", help="range of text tokens (default 2:333:512)")
     p.add_argument(
         "--outputs",
@@ -67,23 +57,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="also return a block's image tokens, e.g. blocks.12; may repeat",
     )
-    p.add_argument(
-        "-o", "--out", type=Path, metavar="DIR", help="the bundle (default dist/<name>-<precision>)"
-    )
+    p.add_argument("-o", "--out", type=Path, metavar="DIR", help="the bundle (default dist/<name>-<precision>)")
     p.add_argument("--force", action="store_true", help="replace an existing bundle, whole")
     p.add_argument("--seed", type=int, metavar="N", help="seed of random weights (default 0)")
-    p.add_argument(
-        "--no-verify", dest="verify", action="store_false", help="do not compare with the eager model"
-    )
+    p.add_argument("--no-verify", dest="verify", action="store_false", help="do not compare with the eager model")
     p.add_argument("--thorough", action="store_true", help="verify more and larger shapes")
     stop = p.add_mutually_exclusive_group()
-    stop.add_argument(
-        "--dry-run", action="store_true", help="stop at the preflight: check everything, write nothing"
-    )
+    stop.add_argument("--dry-run", action="store_true", help="stop at the preflight: check everything, write nothing")
     stop.add_argument("--graph-only", action="store_true", help="stop at the graph: write no weights")
-    p.add_argument(
-        "--json", action="store_true", help="one JSON document on standard output, text on standard error"
-    )
     return p
 
 
@@ -105,9 +86,7 @@ def _work(args: argparse.Namespace) -> int:
         "bundle": str(request.directory),
         "spec": request.spec.to_json(),
     }
-    summary = (
-        f"{request.spec.name} {request.precision.name}, weights {request.source.description}: {needs.text()}"
-    )
+    summary = f"{request.spec.name} {request.precision.name}, weights {request.source.description}: {needs.text()}"
     if args.dry_run:
         emit(args, f"{summary}\ndry run: nothing was written", {"dry_run": True, **plan})
         return 0
@@ -131,7 +110,7 @@ def _log(line: str) -> None:
 
 def _request(args: argparse.Namespace) -> ExportRequest:
     from mmdit_deploy.contract import Range
-    from mmdit_deploy.export import ExportRequest
+    from mmdit_deploy.export import ExportRequest, default_targets
     from mmdit_deploy.recipes import load_recipe
     from mmdit_deploy.spec import precision
 
@@ -144,9 +123,7 @@ def _request(args: argparse.Namespace) -> ExportRequest:
     recipe = load_recipe(args.recipe) if args.recipe else None
     spec, source = _model(args, recipe)
     ranges = dict(recipe.ranges) if recipe else {}
-    ranges.update(
-        {axis: Range.parse(axis, text) for axis in AXES if (text := getattr(args, axis)) is not None}
-    )
+    ranges.update({axis: Range.parse(axis, text) for axis in AXES if (text := getattr(args, axis)) is not None})
     return ExportRequest(
         spec=spec,
         source=source,

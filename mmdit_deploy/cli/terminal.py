@@ -125,7 +125,9 @@ def check_report_path(option: str, path: Path | None) -> None:
     """
     reason = _unwritable(path) if path is not None else None
     if reason:
-        raise UsageError(f"{option} names a file that can be written", received=f"{path}: {reason}", fix="name another")
+        raise UsageError(
+            f"{option} names a file that can be written", received=f"{path}: {reason}", fix="name another file"
+        )
 
 
 def _unwritable(path: Path) -> str | None:
