@@ -114,15 +114,25 @@ def _name_axes(kind: Kind, graph: ir.Graph) -> None:
 
 
 def _initializers_to_constants(graph: ir.Graph) -> None:
-    """A function has no initializers: the few small ones that the tracer makes become Constant nodes."""
+    """A function has no initializers: the few small ones that the tracer makes become Constant nodes.
+
+    Equal ones become one node. The exporter merges only small ones itself, and norms of one input are seen to be the
+    same only where their weights (of ones) are.
+    """
+    made: dict[tuple[object, ...], ir.Value] = {}
     for name, value in list(graph.initializers.items()):
-        constant = ir.node("Constant", [], attributes={"value": value.const_value})
-        out = constant.outputs[0]
-        out.name, out.type, out.shape = name, value.type, value.shape
-        ir.convenience.replace_all_uses_with(value, out)
+        tensor = value.const_value
+        if tensor is None:
+            raise GraphError(f"the tracer's constant {name} has a value", received="none", fix="report this as a bug")
+        content = (tensor.dtype, tuple(tensor.shape), tensor.tobytes())
+        if content not in made:
+            constant = ir.node("Constant", [], attributes={"value": tensor})
+            out = constant.outputs[0]
+            out.name, out.type, out.shape = name, value.type, value.shape
+            graph.insert_before(graph[0], constant)
+            made[content] = out
+        ir.convenience.replace_all_uses_with(value, made[content])
         del graph.initializers[name]
-        first = next(iter(graph), None)
-        graph.insert_before(first, constant) if first is not None else graph.append(constant)
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from mmdit_deploy.graph.passes import run
 from mmdit_deploy.graph.pipeline import Graphs, build_graphs
 from mmdit_deploy.model import MMDiT, grid_ids
 from mmdit_deploy.runtime import open_session, run_session
-from mmdit_deploy.spec import PRECISIONS, ModelSpec, from_depth
+from mmdit_deploy.spec import PRECISIONS, ModelSpec, from_depth, preset
 from mmdit_deploy.verify.metrics import compare
 
 GraphsOf = Callable[..., Graphs]
@@ -67,6 +67,15 @@ def test_the_census_is_what_the_spec_implies(tiny_spec: ModelSpec, graphs_of: Gr
     assert implied(spec)["RMSNormalization"] == (4 * spec.depth + 2 * duals if spec.qk_norm else 0)
     assert implied(spec)["LayerNormalization"] == 4 * spec.depth
     assert implied(spec)["Gelu"] == 2 * spec.depth - 1
+
+
+@pytest.mark.slow
+def test_a_real_width_gives_the_same_census() -> None:
+    """The exporter merges equal constants up to 1024 elements only; SD3.5-Medium's norms have 1536."""
+    spec, fp16 = preset("sd3.5-medium"), PRECISIONS["fp16"]
+    layout = weights_layout(spec, torch.float16)
+    graphs = build_graphs(spec, Contract.of(spec, fp16), fp16, layout, dialects=("ort",))
+    assert graphs.census == implied(spec)
 
 
 def test_a_pass_that_does_not_fire_is_an_error(tiny_spec: ModelSpec, graphs_of: GraphsOf) -> None:
