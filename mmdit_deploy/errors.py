@@ -67,9 +67,10 @@ class MissingPackageError(MachineError):
         package: what cannot be imported, e.g. ``onnxruntime``.
         purpose: what needs it, e.g. ``the target ort-cpu``.
         install: the command that installs it.
+        found: what importing it said, where it is installed but broken.
     """
 
-    def __init__(self, package: str, *, purpose: str, install: str):
+    def __init__(self, package: str, *, purpose: str, install: str, found: str | None = None):
         super().__init__(
-            f"{purpose} needs the package {package!r}", received="it is not installed", fix=install
+            f"{purpose} needs the package {package!r}", received=found or "it is not installed", fix=install
         )

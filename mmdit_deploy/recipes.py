@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmdit_deploy.contract import AXES, Range
+from mmdit_deploy.contract import AXES, Profile, Range, parse_profile
 from mmdit_deploy.errors import UsageError
 from mmdit_deploy.spec import precision, preset
 
@@ -28,6 +28,7 @@ class Recipe:
         precision: the compute type, as `mmdit_deploy.spec.precision` knows it.
         targets: engines to build, e.g. ``("ort-cpu",)``; empty for the defaults of the machine.
         ranges: by axis; the contract's defaults where not given.
+        profiles: TensorRT's optimization profiles; one of the ranges where not given.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Recipe:
     precision: str
     targets: tuple[str, ...] = ()
     ranges: Mapping[str, Range] = field(default_factory=dict)
+    profiles: tuple[Profile, ...] = ()
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -143,6 +145,12 @@ def _ranges(value: Any, where: str) -> dict[str, Range]:
     return {axis: Range.parse(axis, text) for axis, text in value.items()}
 
 
+def _profiles(value: Any, where: str) -> tuple[Profile, ...]:
+    if not isinstance(value, list) or not value or not all(isinstance(p, str) for p in value):
+        raise _wrong(where, "a list of profiles", value, '["batch=1,img_tokens=1024:4096:4096"]')
+    return tuple(map(parse_profile, value))
+
+
 def _wrong(where: str, expected: str, received: object, example: str) -> UsageError:
     return UsageError(f"{where} must be {expected}", received=ascii(received)[:120], fix=f"e.g. {example}")
 
@@ -154,5 +162,6 @@ _FIELDS: Mapping[str, Callable[[Any, str], Any]] = {
     "precision": _precision,
     "targets": _targets,
     "ranges": _ranges,
+    "profiles": _profiles,
 }
 _REQUIRED = {"description", "preset", "precision"}

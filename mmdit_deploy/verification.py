@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
+import onnx_ir as ir
+
+from mmdit_deploy.build import parse_target, stepped_dialect_of
 from mmdit_deploy.bundle import Bundle, open_bundle
 from mmdit_deploy.checkpoint.weights import RandomWeights, WeightSource, open_weights
 from mmdit_deploy.errors import BundleError, UsageError
-from mmdit_deploy.runtime import engine_graph, runnable_target
+from mmdit_deploy.graph.lower import lower
+from mmdit_deploy.runtime import check_runs_here, engine_files, engine_graph, runnable_target
 from mmdit_deploy.verify import (
     EngineUnderTest,
     Reference,
@@ -63,7 +68,7 @@ def verify_bundle(
     engine = _engine(bundle, target, whole)
     if checkpoint is not None or full:
         cases = default_cases(bundle.contract, thorough=thorough)
-        return verify_against_weights(engine, _source(bundle, checkpoint), cases, progress=progress)
+        return verify_against_weights(engine, _source(bundle, checkpoint), cases, progress=progress)[0]
     if FILE_NAME not in bundle.manifest.files:
         raise BundleError(
             f"without a checkpoint, verification needs the bundle's {FILE_NAME}",
@@ -74,17 +79,36 @@ def verify_bundle(
     return verify_against_reference(engine, origin, Reference(bundle.file(FILE_NAME)), progress=progress)
 
 
-def _engine(bundle: Bundle, target: str, whole: bool) -> EngineUnderTest:
-    name = runnable_target(bundle) if target == "auto" else target
+def _engine(bundle: Bundle, name: str, whole: bool) -> EngineUnderTest:
+    target = parse_target(runnable_target(bundle) if name == "auto" else name)
+    if target.flavour is None:
+        record, files = None, [engine_graph(bundle, target.name)]
+        graph = onnx.load(files[0], load_external_data=False)
+    else:
+        record, files = engine_files(bundle, target.name)
+        check_runs_here(record, target)
+        if not whole:
+            raise UsageError(
+                f"{target.name} is run whole: a TensorRT engine cannot be stepped through",
+                received="--blocks-only",
+                fix="drop it, or name an ONNX Runtime engine with --engine",
+            )
+        graph = onnx.load(bundle.file("model.onnx"), load_external_data=False)
+        dialect = stepped_dialect_of(target, bundle.precision)
+        if dialect != "standard":
+            graph = ir.to_proto(lower(ir.from_proto(graph), dialect)[0])
     return EngineUnderTest(
-        bundle.name,
-        engine_graph(bundle, name),
-        name,
-        bundle.spec,
-        bundle.contract,
-        bundle.precision,
-        tuple(bundle.manifest.fields["outputs"]),
-        whole,
+        name=bundle.name,
+        target=target,
+        spec=bundle.spec,
+        contract=bundle.contract,
+        precision=bundle.precision,
+        graph=graph,
+        folder=bundle.path,
+        files=tuple(files),
+        record=record,
+        outputs=tuple(bundle.manifest.fields["outputs"]),
+        whole=whole,
     )
 
 

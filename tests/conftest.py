@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import onnx
@@ -102,6 +104,24 @@ def graphs_of() -> Callable[..., Graphs]:
         return _GRAPHS[key]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def traced_once(graphs_of: Callable[..., Graphs]) -> Callable[[], contextlib.AbstractContextManager[object]]:
+    """A context in which exports take graphs that the session has traced already: ``with traced_once(): …``."""
+
+    def build(
+        spec: ModelSpec,
+        contract: object,
+        precision: Any,
+        layout: object,
+        *,
+        dialects: Sequence[str],
+        outputs: Sequence[str] = (),
+    ) -> Graphs:
+        return graphs_of(spec, precision.name, dialects, outputs)
+
+    return lambda: mock.patch("mmdit_deploy.export.pipeline.build_graphs", build)
 
 
 @pytest.fixture(scope="session")

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from mmdit_deploy import export as module
 from mmdit_deploy.bundle import open_bundle
 from mmdit_deploy.checkpoint.weights import RandomWeights
 from mmdit_deploy.contract import Range
 from mmdit_deploy.errors import BundleError, MachineError, ParityError, UsageError
-from mmdit_deploy.export import ExportRequest, export, preflight, versions
-from mmdit_deploy.graph.pipeline import Graphs
+from mmdit_deploy.export import ExportRequest, default_targets, export, pipeline, preflight, versions
 from mmdit_deploy.spec import PRECISIONS, ModelSpec, from_depth, preset
 from mmdit_deploy.verification import verify_bundle
 
@@ -32,19 +31,10 @@ def request_(tiny_spec: ModelSpec, tmp_path: Path) -> ExportRequest:
 
 
 @pytest.fixture
-def traced_once(graphs_of: Callable[..., Graphs], monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(
-        spec: ModelSpec,
-        contract: object,
-        precision: Any,
-        layout: object,
-        *,
-        dialects: Sequence[str],
-        outputs: Sequence[str] = (),
-    ) -> Graphs:
-        return graphs_of(spec, precision.name, dialects, outputs)
-
-    monkeypatch.setattr(module, "build_graphs", build)
+def traced(traced_once: Callable[[], contextlib.AbstractContextManager[object]]) -> Iterator[None]:
+    """Exports of this test take graphs that the session has traced already."""
+    with traced_once():
+        yield
 
 
 @pytest.mark.parametrize(
@@ -112,7 +102,7 @@ def test_the_directory() -> None:
 def test_a_bad_request_is_refused_before_the_work(
     request_: ExportRequest, changes: dict[str, Any], error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "build_graphs", lambda *_, **__: pytest.fail("said too late"))
+    monkeypatch.setattr(pipeline, "build_graphs", lambda *_, **__: pytest.fail("said too late"))
     request = dataclasses.replace(request_, **changes)
     for call in (preflight, export):
         with pytest.raises(error) as caught:
@@ -121,7 +111,7 @@ def test_a_bad_request_is_refused_before_the_work(
     assert request.out is not None and not request.out.parent.exists()
 
 
-def test_the_result_and_the_log(request_: ExportRequest, traced_once: None) -> None:
+def test_the_result_and_the_log(request_: ExportRequest, traced: None) -> None:
     said: list[str] = []
     result = export(request_, said.append)
     assert result.path == request_.out
@@ -132,29 +122,29 @@ def test_the_result_and_the_log(request_: ExportRequest, traced_once: None) -> N
     assert open_bundle(result.path).contract.ranges["img_tokens"] == Range(4, 16, 16)
 
 
-def test_one_target_named_twice_is_built_once(request_: ExportRequest, traced_once: None) -> None:
+def test_one_target_named_twice_is_built_once(request_: ExportRequest, traced: None) -> None:
     result = export(dataclasses.replace(request_, targets=("ort-cpu", "ort-cpu")))
     assert len(result.verdicts) == 1
 
 
 def test_an_existing_bundle_is_refused_before_the_work(
-    request_: ExportRequest, traced_once: None, monkeypatch: pytest.MonkeyPatch
+    request_: ExportRequest, traced: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export(dataclasses.replace(request_, verify=False))
-    monkeypatch.setattr(module, "build_graphs", lambda *_, **__: pytest.fail("said too late"))
+    monkeypatch.setattr(pipeline, "build_graphs", lambda *_, **__: pytest.fail("said too late"))
     with pytest.raises(BundleError, match="replaced on request only"):
         export(request_)
 
 
 def test_a_bundle_out_of_tolerance_is_not_left(
-    request_: ExportRequest, traced_once: None, monkeypatch: pytest.MonkeyPatch
+    request_: ExportRequest, traced: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    verify = module.verify_against_weights
+    verify = pipeline.verify_against_weights
 
     def other_weights(engine: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
         return verify(engine, RandomWeights(1), *args, **kwargs)
 
-    monkeypatch.setattr(module, "verify_against_weights", other_weights)
+    monkeypatch.setattr(pipeline, "verify_against_weights", other_weights)
     with pytest.raises(ParityError, match=r"conditioning \(local\)") as caught:
         export(request_)
     assert caught.value.exit_status == 1 and "--no-verify" in str(caught.value)
@@ -162,7 +152,7 @@ def test_a_bundle_out_of_tolerance_is_not_left(
 
 
 def test_a_reference_that_is_too_large_is_left_out_and_said(
-    request_: ExportRequest, traced_once: None, monkeypatch: pytest.MonkeyPatch
+    request_: ExportRequest, traced: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mmdit_deploy.verify.reference.MAX_BYTES", 1000)
     said: list[str] = []
@@ -187,7 +177,7 @@ def test_preflight_sees_what_is_in_the_bundles_place(request_: ExportRequest) ->
     assert (request_.out / "notes.txt").read_text() == "mine"
 
 
-def test_exposed_blocks_are_compared_too(request_: ExportRequest, traced_once: None) -> None:
+def test_exposed_blocks_are_compared_too(request_: ExportRequest, traced: None) -> None:
     """The whole engine returns a block's tokens: they are held against the eager model's, now and without weights."""
     result = export(dataclasses.replace(request_, outputs=("blocks.0",)))
     assert {c.name for c in result.verdicts[0].checks if c.level == "engine"} == {"sample", "blocks.0"}

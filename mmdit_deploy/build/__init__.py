@@ -1,5 +1,26 @@
-"""Targets: what can be built, and from which dialect of the graph."""
+"""Build engines from graphs, and read what was really built."""
 
-from mmdit_deploy.build.targets import ORT_TARGETS, check_targets, dialect_of, execution_of
+from mmdit_deploy.build.flavours import RTX, TENSORRT, Flavour
+from mmdit_deploy.build.records import EngineRecord, SegmentRecord
+from mmdit_deploy.build.targets import (
+    Target,
+    check_targets,
+    dialect_of,
+    execution_of,
+    parse_target,
+    stepped_dialect_of,
+)
 
-__all__ = ["ORT_TARGETS", "check_targets", "dialect_of", "execution_of"]
+__all__ = [
+    "RTX",
+    "TENSORRT",
+    "EngineRecord",
+    "Flavour",
+    "SegmentRecord",
+    "Target",
+    "check_targets",
+    "dialect_of",
+    "execution_of",
+    "parse_target",
+    "stepped_dialect_of",
+]

@@ -7,21 +7,13 @@ from mmdit_deploy.checkpoint.folder import Checkpoint, open_checkpoint
 from mmdit_deploy.checkpoint.random_source import random_tensor, weight_statistics
 from mmdit_deploy.checkpoint.safetensors_file import SafetensorsFile
 from mmdit_deploy.checkpoint.safetensors_header import TensorInfo
-from mmdit_deploy.checkpoint.writer import (
-    Layout,
-    WrittenFile,
-    check_free_space,
-    plan_layout,
-    write_safetensors,
-)
+from mmdit_deploy.checkpoint.writer import Layout, plan_layout, write_safetensors
 
 __all__ = [
     "Checkpoint",
     "Layout",
     "SafetensorsFile",
     "TensorInfo",
-    "WrittenFile",
-    "check_free_space",
     "convert",
     "open_checkpoint",
     "plan_layout",

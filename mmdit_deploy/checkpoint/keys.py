@@ -84,7 +84,7 @@ def parameters(spec: ModelSpec) -> tuple[Parameter, ...]:
     """Every parameter of the model, in the order of the weights file.
 
     All modulation weights come one after the other, then all their biases, so that one matrix product can make the
-    modulation of every block, and a file without them is a contiguous cut.
+    modulations of all blocks and of the head, and a file without them is a contiguous cut.
     """
     with torch.device("meta"):
         model = MMDiT(spec)
@@ -93,10 +93,9 @@ def parameters(spec: ModelSpec) -> tuple[Parameter, ...]:
 
 
 def _file_order(parameter: Parameter) -> tuple[int, bool]:
-    head = parameter.path.split(".")[0]
-    is_modulation = head == "modulations"
-    stages = ("conditioning", "modulations", "final_modulation", "img_embed", "txt_embed", "blocks", "final")
-    return stages.index(head), is_modulation and parameter.path.endswith(".bias")
+    head = parameter.path.split(".")[0].replace("final_modulation", "modulations")
+    stages = ("conditioning", "modulations", "img_embed", "txt_embed", "blocks", "final")
+    return stages.index(head), head == "modulations" and parameter.path.endswith(".bias")
 
 
 def _parameter(path: str, shape: tuple[int, ...], spec: ModelSpec) -> Parameter:

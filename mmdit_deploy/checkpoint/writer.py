@@ -8,28 +8,19 @@ everything again.
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import math
 import os
-import queue
-import shutil
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from mmdit_deploy.checkpoint.safetensors_header import DTYPE_NAMES, MAX_HEADER_BYTES, TensorInfo
-from mmdit_deploy.errors import MachineError
+from mmdit_deploy.hashed_file import HashedFile, WrittenFile, check_free_space
 
 DATA_ALIGNMENT = 64  # bytes; the widest vector loads, and what ONNX Runtime and TensorRT read best
-_CHUNK_BYTES = 16 * 2**20
-_QUEUED_CHUNKS = 4  # bounds what waits for the hash, and so the memory of tensors already written
 _NAME_OF_DTYPE = {dtype: name for name, dtype in DTYPE_NAMES.items()}
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -45,21 +36,6 @@ class Layout:
     header: bytes
     tensors: Mapping[str, TensorInfo]
     total_bytes: int
-
-
-@dataclass(frozen=True)
-class WrittenFile:
-    """A file that is on the disk.
-
-    Attributes:
-        path: where.
-        size: in bytes.
-        sha256: of all its bytes, in lower-case hex.
-    """
-
-    path: Path
-    size: int
-    sha256: str
 
 
 def plan_layout(
@@ -106,52 +82,6 @@ def plan_layout(
     return Layout(len(text).to_bytes(8, "little") + text, tensors, start + end)
 
 
-def _no_space(path: Path, needed: int, received: str) -> MachineError:
-    return MachineError(
-        f"{path} needs {needed} bytes ({needed / 1e9:.2f} GB) on the disk",
-        received=received,
-        fix="free space there, or write to another disk with -o",
-    )
-
-
-def check_free_space(path: str | os.PathLike[str], needed: int) -> None:
-    """Checks that a file of a given size fits on the disk.
-
-    Args:
-        path: the file to be written; its folder exists.
-        needed: its size in bytes.
-
-    Raises:
-        MachineError: if less is free.
-    """
-    path = Path(path)
-    free = shutil.disk_usage(path.parent).free
-    if needed > free:
-        raise _no_space(path, needed, f"{free} bytes ({free / 1e9:.2f} GB) free in {path.parent}")
-
-
-class _HashThread:
-    """SHA-256 in a thread of its own (hashlib lets go of the interpreter lock while it works)."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.sha256()
-        self._queue: queue.Queue[memoryview | None] = queue.Queue(_QUEUED_CHUNKS)
-        self._thread = threading.Thread(target=self._work, name="sha256", daemon=True)
-        self._thread.start()
-
-    def _work(self) -> None:
-        while (chunk := self._queue.get()) is not None:
-            self._digest.update(chunk)
-
-    def update(self, chunk: memoryview) -> None:
-        self._queue.put(chunk)
-
-    def finish(self) -> str:
-        self._queue.put(None)
-        self._thread.join()
-        return self._digest.hexdigest()
-
-
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor, without a copy; through uint8, because numpy has no bf16 or fp8."""
     if tensor.numel() == 0:
@@ -167,26 +97,16 @@ def _check(info: TensorInfo, key: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"tensor {key!r} must be on the CPU, not on {tensor.device}")
 
 
-def _stream(
-    fd: int, hashing: _HashThread, layout: Layout, tensors: Iterable[tuple[str, torch.Tensor]]
-) -> None:
-    """Writes and hashes the header and every tensor, in chunks."""
-
-    def put(data: memoryview) -> None:
-        for start in range(0, len(data), _CHUNK_BYTES):
-            chunk = data[start : start + _CHUNK_BYTES]
-            hashing.update(chunk)
-            while len(chunk):  # a write may be short
-                chunk = chunk[os.write(fd, chunk) :]
-
-    put(memoryview(layout.header))
+def _stream(file: HashedFile, layout: Layout, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Writes the header and every tensor."""
+    file.put(layout.header)
     planned = iter(layout.tensors.values())
     for key, tensor in tensors:
         info = next(planned, None)
         if info is None:
             raise ValueError(f"tensor {key!r} comes after the end of the layout")
         _check(info, key, tensor)
-        put(_bytes_of(tensor.contiguous()))
+        file.put(_bytes_of(tensor.contiguous()))
     missing = next(planned, None)
     if missing is not None:
         raise ValueError(f"the tensors end before {missing.key!r} of the layout")
@@ -214,24 +134,7 @@ def write_safetensors(
         ValueError: if the tensors are not those of the layout.
         FileExistsError: if the file exists.
     """
-    path = Path(path)
     check_free_space(path, layout.total_bytes)
-    # O_EXCL: a fresh file, never through a link to somebody else's
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    hashing = _HashThread()
-    done = False
-    try:
-        try:
-            _stream(fd, hashing, layout, tensors)
-            os.fsync(fd)
-            done = True
-        finally:
-            sha256 = hashing.finish()
-            os.close(fd)
-            if not done:
-                path.unlink(missing_ok=True)
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise _no_space(path, layout.total_bytes, f"{error.strerror} while writing") from error
-    return WrittenFile(path, layout.total_bytes, sha256)
+    with HashedFile(path, layout.total_bytes) as file:
+        _stream(file, layout, tensors)
+    return file.written

@@ -1,6 +1,7 @@
-"""What is in a bundle, a checkpoint, an ONNX file or a safetensors file: as data.
+"""What is in a bundle, an engine, a checkpoint, an ONNX file or a safetensors file: as data.
 
-Every byte of a bundle is hashed; of other weights files the headers are read, and a checkpoint's position table.
+Every byte of a bundle or an engine is hashed; of other weights files the headers are read, and a checkpoint's position
+table.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from typing import Any
 
 import onnx
 
-from mmdit_deploy.bundle import Bundle, open_bundle
 from mmdit_deploy.bundle.manifest import MANIFEST
 from mmdit_deploy.checkpoint import Checkpoint, SafetensorsFile, TensorInfo, open_checkpoint
 from mmdit_deploy.checkpoint.keys import Parameter, parameters
-from mmdit_deploy.checkpoint.strict_json import parse_json_object
 from mmdit_deploy.checkpoint.weights import open_weights
-from mmdit_deploy.errors import BundleError, UsageError
+from mmdit_deploy.cli.describe_bundle import describe_bundle
+from mmdit_deploy.cli.describe_engine import describe_engine
+from mmdit_deploy.errors import UsageError
 from mmdit_deploy.graph.onnx_file import (
     executed_ops,
     external_files,
@@ -42,13 +43,13 @@ _PARTS = {
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Describe a bundle, a checkpoint folder, or a file.
+    """Describe a bundle, a checkpoint folder, or a file, of the kind that its name ends with.
 
     Args:
         path: the folder or file.
 
     Returns:
-        JSON values; ``kind`` is ``bundle``, ``checkpoint``, ``onnx`` or ``safetensors``.
+        JSON values; ``kind`` is ``bundle``, ``checkpoint``, ``engine``, ``onnx`` or ``safetensors``.
 
     Raises:
         UsageError: it does not exist, or is none of these.
@@ -65,75 +66,16 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
             received=f"the folder {path}, which has neither",
             fix="name the folder itself, not one around it or in it",
         )
-    if path.suffix.lower() == ".onnx":
-        return describe_onnx(path)
-    if path.suffix.lower() == ".safetensors":
-        return describe_safetensors(path)
+    by_suffix = _FILES.get(path.suffix.lower())
+    if by_suffix is not None:
+        return by_suffix(path)
     if not path.exists():
         return describe_checkpoint(path)  # which fails, and knows what a name on a hub looks like
     raise UsageError(
-        "what is inspected is a bundle, a diffusers checkpoint folder, an .onnx file or a .safetensors file",
+        "what is inspected is a bundle, a diffusers checkpoint folder, or an .engine, .onnx or .safetensors file",
         received=f"the file {path}",
         fix="name one of these",
     )
-
-
-def describe_bundle(path: Path) -> dict[str, Any]:
-    """A bundle that was checked, every byte of it.
-
-    Raises:
-        BundleError: it is not whole, or not what its manifest says.
-    """
-    bundle = open_bundle(path)
-    fields = bundle.manifest.fields
-    files = {name: record.size for name, record in sorted(bundle.manifest.files.items())}
-    return {
-        "kind": "bundle",
-        "path": str(bundle.path),
-        "name": bundle.name,
-        "precision": bundle.precision.name,
-        "weights": fields["weights"],
-        "spec": bundle.spec.to_json(),
-        "contract": bundle.contract.to_json(),
-        "engines": fields["engines"],
-        "verdicts": _verdicts(bundle),
-        "versions": _mapping(fields.get("versions")),
-        "files": files,
-        "bytes": sum(files.values()),
-    }
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _verdicts(bundle: Bundle) -> list[dict[str, Any]]:
-    """Of each engine that was verified: the outcome, and the largest error that the tolerance binds."""
-    name = "parity.json"
-    if name not in bundle.manifest.files:
-        return []
-    again = "export the bundle again"
-    data = parse_json_object(bundle.file(name).read_bytes(), str(bundle.file(name)), again)
-    try:
-        return [_verdict(verdict) for verdict in data["verdicts"]]
-    except (AttributeError, KeyError, TypeError) as error:
-        raise BundleError(
-            f"{bundle.file(name)} must hold the verdicts as this version writes them",
-            received=f"{type(error).__name__}: {error}",
-            fix=again,
-        ) from error
-
-
-def _verdict(verdict: dict[str, Any]) -> dict[str, Any]:
-    errors = [check["errors"]["rel_l2"] for check in verdict["checks"] if check["binding"]]
-    return {
-        "target": verdict["target"],
-        "passed": verdict["passed"],
-        "checks": len(errors),
-        # null stands for NaN, which is worse than any figure
-        "worst_rel_l2": None if None in errors else max(errors, default=None),
-        "not_executed": list(verdict["not_executed"]),
-    }
 
 
 def describe_checkpoint(path: Path) -> dict[str, Any]:
@@ -253,3 +195,6 @@ def _dtypes(tensors: Iterable[TensorInfo]) -> dict[str, dict[str, int]]:
         entry["tensors"] += 1
         entry["bytes"] += info.nbytes
     return found
+
+
+_FILES = {".engine": describe_engine, ".onnx": describe_onnx, ".safetensors": describe_safetensors}

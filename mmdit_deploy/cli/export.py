@@ -12,12 +12,17 @@ from mmdit_deploy.errors import UsageError
 
 if TYPE_CHECKING:
     from mmdit_deploy.checkpoint.weights import WeightSource
-    from mmdit_deploy.export import ExportRequest
+    from mmdit_deploy.export import ExportRequest, ExportResult
     from mmdit_deploy.recipes import Recipe
     from mmdit_deploy.spec import ModelSpec
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 AXES = ("batch", "img_tokens", "txt_tokens")
+EPILOG = """examples:
+  mmdit-export --depth 24 --fp16
+  mmdit-export path/to/checkpoint --bf16 --target rtx:sm89+sm120
+  mmdit-export --preset sd3.5-large --fp16 --target rtx:sm120 --segments 4 --profile batch=2,img_tokens=4096
+"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,7 +31,8 @@ def parser() -> argparse.ArgumentParser:
         prog="mmdit-export",
         description="Export an MMDiT (Stable Diffusion 3 / 3.5) to a bundle: ONNX graphs, weights, engines, and the "
         "proof that they compute the PyTorch model.",
-        epilog="examples: mmdit-export --depth 24 --fp16   |   mmdit-export path/to/checkpoint --bf16",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument(
         "checkpoint",
@@ -46,11 +52,24 @@ def parser() -> argparse.ArgumentParser:
         "--target",
         action="append",
         metavar="TARGET",
-        help="engine to build: ort-cuda (the default where there is a GPU) or ort-cpu; may repeat",
+        help="engine to build, repeatable: ort-cpu, ort-cuda, rtx:sm89 (TensorRT-RTX; rtx:sm86+sm89 for both), "
+        "trt (TensorRT, for this machine's GPU). Default: ort-cpu and rtx:sm89; with a GPU, ort-cuda and what fits it",
     )
     p.add_argument("--batch", metavar="MIN:OPT:MAX", help="range of the batch axis (default 1:2:4)")
     p.add_argument("--img-tokens", metavar="MIN:OPT:MAX", help="range of image tokens (default 256:4096:16384)")
     p.add_argument("--txt-tokens", metavar="MIN:OPT:MAX", help="range of text tokens (default 2:333:512)")
+    p.add_argument(
+        "--profile",
+        action="append",
+        metavar="AXIS=MIN:OPT:MAX,…",
+        help="a TensorRT optimization profile, e.g. batch=1,img_tokens=4096; may repeat (default: one, of the ranges)",
+    )
+    p.add_argument(
+        "--segments",
+        default="auto",
+        metavar="N|auto",
+        help="cut the model into N TensorRT engines, built in the memory of one (default: as few as fit into memory)",
+    )
     p.add_argument(
         "--outputs",
         action="append",
@@ -79,9 +98,7 @@ def _work(args: argparse.Namespace) -> int:
 
     needs = preflight(request)
     plan = {
-        "parameters": needs.parameters,
-        "weights_bytes": needs.weights_bytes,
-        "disk_bytes": needs.disk_bytes,
+        **needs.to_json(),
         "weights": request.source.description,
         "bundle": str(request.directory),
         "spec": request.spec.to_json(),
@@ -97,11 +114,22 @@ def _work(args: argparse.Namespace) -> int:
         "dry_run": False,
         "seconds": dict(result.graphs.seconds),
         "census": dict(result.graphs.census),
+        "engines": {name: record.to_json() for name, record in result.engines.items()},
         "verdicts": [verdict.to_json() for verdict in result.verdicts],
     }
-    verified = "verified" if result.verdicts else "NOT verified"
-    emit(args, f"{result.path}: bundle written, {verified}", data)
+    emit(args, f"{result.path}: bundle written, {_outcome(result)}", data)
     return 0
+
+
+def _outcome(result: ExportResult) -> str:
+    """What is proven of the bundle, target by target."""
+    executed = [verdict.target for verdict in result.verdicts if verdict.engine_executed]
+    built = [name for name in result.engines if name not in executed]
+    parts = [f"{', '.join(executed)} verified"] if executed else []
+    if built:
+        graph = "its graph verified" if result.verdicts else "NOT verified"
+        parts.append(f"{', '.join(built)} built, not executed ({graph})")
+    return "; ".join(parts) or "NOT verified"
 
 
 def _log(line: str) -> None:
@@ -109,7 +137,7 @@ def _log(line: str) -> None:
 
 
 def _request(args: argparse.Namespace) -> ExportRequest:
-    from mmdit_deploy.contract import Range
+    from mmdit_deploy.contract import Range, parse_profile
     from mmdit_deploy.export import ExportRequest, default_targets
     from mmdit_deploy.recipes import load_recipe
     from mmdit_deploy.spec import precision
@@ -131,6 +159,8 @@ def _request(args: argparse.Namespace) -> ExportRequest:
         targets=tuple(args.target or (recipe and recipe.targets) or default_targets()),
         out=args.out,
         ranges=ranges,
+        profiles=tuple(map(parse_profile, args.profile or ())) or (recipe.profiles if recipe else ()),
+        segments=_segments(args.segments),
         outputs=tuple(args.outputs or ()),
         recipe=args.recipe,
         force=args.force,
@@ -171,6 +201,14 @@ def _model(args: argparse.Namespace, recipe: Recipe | None) -> tuple[ModelSpec, 
         received="no CHECKPOINT, --preset, --depth or --recipe",
         fix="e.g. mmdit-export --depth 24 --fp16",
     )
+
+
+def _segments(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not (text.isascii() and text.isdecimal() and len(text) < 6):
+        raise UsageError("--segments is a number or auto", received=ascii(text)[:40], fix="--segments auto")
+    return int(text)
 
 
 def _depth(text: str) -> Any:

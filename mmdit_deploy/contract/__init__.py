@@ -1,5 +1,25 @@
-"""The I/O table of an engine; sample inputs, profiles, buffers and checks derive from it."""
+"""The I/O contract: what goes into an engine and comes out of it, and how large it may be."""
 
-from mmdit_deploy.contract.contract import AXES, DEFAULT_RANGES, Contract, Range, TensorSpec
+from mmdit_deploy.contract.contract import (
+    AXES,
+    DEFAULT_RANGES,
+    Contract,
+    Profile,
+    Range,
+    TensorSpec,
+    parse_profile,
+    profile_from_json,
+    profile_to_json,
+)
 
-__all__ = ["AXES", "DEFAULT_RANGES", "Contract", "Range", "TensorSpec"]
+__all__ = [
+    "AXES",
+    "DEFAULT_RANGES",
+    "Contract",
+    "Profile",
+    "Range",
+    "TensorSpec",
+    "parse_profile",
+    "profile_from_json",
+    "profile_to_json",
+]

@@ -72,14 +72,54 @@ class TensorSpec:
         """The shape for given sizes of the symbolic axes."""
         return tuple(sizes[a] if isinstance(a, str) else a for a in self.axes)
 
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "axes": list(self.axes), "dtype": self.dtype}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> TensorSpec:
+        """Read what `to_json` wrote."""
+        return TensorSpec(data["name"], tuple(data["axes"]), data["dtype"])
+
+
+Profile = Mapping[str, Range]  # by axis: what one TensorRT optimization profile is built and tuned for
+
+
+def parse_profile(text: str) -> dict[str, Range]:
+    """Read ``AXIS=MIN:OPT:MAX,…``, e.g. ``batch=1,img_tokens=1024:4096:4096``. Axes that are left out are not in it.
+
+    Raises:
+        UsageError: an axis is unknown or repeated, or a range is none.
+    """
+    profile: dict[str, Range] = {}
+    for part in text.split(","):
+        axis, equals, numbers = part.partition("=")
+        if axis not in AXES or not equals or axis in profile:
+            raise UsageError(
+                f"a profile gives ranges to some of the axes {', '.join(AXES)}, each once",
+                received=repr(text),
+                fix="e.g. --profile batch=1,img_tokens=1024:4096:4096",
+            )
+        profile[axis] = Range.parse(axis, numbers)
+    return profile
+
 
 @dataclass(frozen=True)
 class Contract:
-    """What goes into an engine, what comes out, and how large it may be."""
+    """What goes into an engine, what comes out, and how large it may be.
+
+    Args:
+        ranges: by axis.
+        profiles: within the ranges; each is a plan of its own in a TensorRT engine.
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     ranges: Mapping[str, Range]
+    profiles: tuple[Profile, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.profiles:
+            object.__setattr__(self, "profiles", (self.ranges,))
 
     @staticmethod
     def of(
@@ -88,6 +128,7 @@ class Contract:
         ranges: Mapping[str, Range] | None = None,
         *,
         outputs: Sequence[str] = (),
+        profiles: Sequence[Profile] = (),
     ) -> Contract:
         """The contract of a model.
 
@@ -95,11 +136,13 @@ class Contract:
             precision: the compute type, which is also that of the I/O tensors that carry features.
             ranges: by axis; `DEFAULT_RANGES` where not given, never beyond the positions that the model has.
             outputs: names of block outputs to return as well, e.g. ``blocks.12``.
+            profiles: for TensorRT, by axis; axes that one leaves out have the range of all. An axis without a range of
+                its own takes what the profiles span.
 
         Raises:
-            UsageError: an unknown axis, or a range that exceeds the model's position grid.
+            UsageError: an unknown axis, a range that exceeds the model's position grid, or a profile outside a range.
         """
-        given = dict(ranges or {})
+        given = {**_spanned(profiles), **(ranges or {})}
         unknown = sorted(set(given) - set(AXES))
         if unknown:
             raise UsageError(f"the axes are {', '.join(AXES)}", received=str(unknown), fix="name one of them")
@@ -125,7 +168,8 @@ class Contract:
                 TensorSpec("sample", ("batch", "img_tokens", spec.out_dim), compute),
                 *(TensorSpec(name, ("batch", "img_tokens", spec.width), compute) for name in dict.fromkeys(outputs)),
             ),
-            ranges={**DEFAULT_RANGES, "img_tokens": fitted, **given},
+            ranges=(all_ranges := {**DEFAULT_RANGES, "img_tokens": fitted, **given}),
+            profiles=tuple(_within(profile, all_ranges) for profile in profiles),
         )
 
     def check(self, received: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, int]:
@@ -189,27 +233,53 @@ class Contract:
         return sizes
 
     def to_json(self) -> dict[str, Any]:
-        def tensors(specs: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
-            return [{"name": t.name, "axes": list(t.axes), "dtype": t.dtype} for t in specs]
-
         return {
-            "inputs": tensors(self.inputs),
-            "outputs": tensors(self.outputs),
-            "ranges": {axis: [r.min, r.opt, r.max] for axis, r in self.ranges.items()},
+            "inputs": [t.to_json() for t in self.inputs],
+            "outputs": [t.to_json() for t in self.outputs],
+            "ranges": profile_to_json(self.ranges),
+            "profiles": [profile_to_json(profile) for profile in self.profiles],
         }
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Contract:
         """Read what `to_json` wrote."""
-
-        def tensors(items: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
-            return tuple(TensorSpec(t["name"], tuple(t["axes"]), t["dtype"]) for t in items)
-
         return Contract(
-            tensors(data["inputs"]),
-            tensors(data["outputs"]),
-            {a: Range(*r) for a, r in data["ranges"].items()},
+            tuple(TensorSpec.from_json(t) for t in data["inputs"]),
+            tuple(TensorSpec.from_json(t) for t in data["outputs"]),
+            profile_from_json(data["ranges"]),
+            tuple(profile_from_json(profile) for profile in data.get("profiles", ())),
         )
+
+
+def profile_to_json(profile: Profile) -> dict[str, list[int]]:
+    """Ranges by axis, as ``[min, opt, max]``."""
+    return {axis: [r.min, r.opt, r.max] for axis, r in profile.items()}
+
+
+def profile_from_json(data: Mapping[str, Sequence[int]]) -> dict[str, Range]:
+    """Read what `profile_to_json` wrote."""
+    return {axis: Range(*sizes) for axis, sizes in data.items()}
+
+
+def _spanned(profiles: Sequence[Profile]) -> dict[str, Range]:
+    """The range that the profiles cover together, of each axis that all of them name."""
+    axes = [axis for axis in AXES if profiles and all(axis in profile for profile in profiles)]
+    return {
+        axis: Range(min(p[axis].min for p in profiles), profiles[0][axis].opt, max(p[axis].max for p in profiles))
+        for axis in axes
+    }
+
+
+def _within(profile: Profile, ranges: Mapping[str, Range]) -> dict[str, Range]:
+    """The profile with every axis, each within its range."""
+    for axis, range_ in profile.items():
+        if range_.min < ranges[axis].min or range_.max > ranges[axis].max:
+            raise UsageError(
+                f"a profile's {axis} lies within its range, {ranges[axis]}",
+                received=str(range_),
+                fix=f"widen --{axis.replace('_', '-')}, or drop it: it is then what the profiles span",
+            )
+    return {axis: profile.get(axis, ranges[axis]) for axis in AXES}
 
 
 def _shown(axes: tuple[str | int, ...]) -> str:

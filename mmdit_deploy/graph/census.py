@@ -41,12 +41,14 @@ def implied(spec: ModelSpec) -> dict[str, int]:
     }
 
 
-def implied_lowered(spec: ModelSpec) -> dict[str, int]:
-    """What the spec implies of a graph in ONNX Runtime's dialect.
+def implied_lowered(spec: ModelSpec, dialect: str) -> dict[str, int]:
+    """What the spec implies of a graph in a dialect: TensorRT's keeps the standard ops.
 
-    No attention holds its scores, no weight is transposed, and every norm takes its modulation.
+    In ONNX Runtime's no attention holds its scores, no weight is transposed, and every norm takes its modulation.
     """
     standard = implied(spec)
+    if not dialect.startswith("ort"):
+        return standard
     return {
         "Attention": 0,
         "MultiHeadAttention": standard["Attention"],

@@ -43,6 +43,10 @@ class Graphs:
     kinds: tuple[str, ...]
     seconds: Mapping[str, float]
 
+    def of(self, dialect: str) -> onnx.ModelProto:
+        """The graph in a dialect, or the ``standard`` one."""
+        return self.standard if dialect == "standard" else self.lowered[dialect]
+
 
 def build_graphs(
     spec: ModelSpec,
@@ -58,7 +62,8 @@ def build_graphs(
 
     Args:
         layout: where each canonical tensor will lie in the weights file.
-        dialects: which lowered graphs to make, by name in `mmdit_deploy.graph.lower.DIALECTS`.
+        dialects: which lowered graphs to make, by name in `mmdit_deploy.graph.lower.DIALECTS`; the ``standard``
+            one is always made.
         outputs: names of block outputs to expose, e.g. ``blocks.12``.
         location: the weights file's name, beside the graphs.
 
@@ -78,9 +83,9 @@ def build_graphs(
     census = check_census(model, implied(spec), "standard")
     clock.append(time.perf_counter())
     lowered = {}
-    for dialect in dialects:
+    for dialect in set(dialects) - {"standard"}:
         lowered[dialect], passes[dialect] = lower(model, dialect)
-        check_census(lowered[dialect], implied_lowered(spec), dialect)
+        check_census(lowered[dialect], implied_lowered(spec, dialect), dialect)
     standard = ir.to_proto(model)
     protos = {dialect: ir.to_proto(graph) for dialect, graph in lowered.items()}
     clock.append(time.perf_counter())

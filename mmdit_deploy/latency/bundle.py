@@ -14,7 +14,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from mmdit_deploy.build import execution_of
+from mmdit_deploy.build import execution_of, parse_target
 from mmdit_deploy.bundle import Bundle, open_bundle
 from mmdit_deploy.checkpoint import SafetensorsFile
 from mmdit_deploy.checkpoint.keys import parameters
@@ -22,7 +22,7 @@ from mmdit_deploy.checkpoint.weights import FileWeights, read_parameter
 from mmdit_deploy.errors import UsageError
 from mmdit_deploy.latency.timing import Run, Timing, time_interleaved
 from mmdit_deploy.model import MMDiT
-from mmdit_deploy.runtime import DEVICES, Engine, available_memory, engine_graph, runnable_target
+from mmdit_deploy.runtime import Engine, available_memory, check_runnable, runnable_target
 from mmdit_deploy.verify.cases import case_inputs, fit_grid
 from mmdit_deploy.verify.records import Case
 
@@ -101,7 +101,8 @@ def bench_bundle(
     inputs = {name: t.to(device) for name, t in case_inputs(case, bundle.contract).items()}
 
     rivals: dict[str, tuple[str, Run]] = {
-        name: (execution_of(name, bundle.precision), partial(engine, inputs)) for name, engine in engines.items()
+        name: (execution_of(parse_target(name), bundle.precision), partial(engine, inputs))
+        for name, engine in engines.items()
     }
     torch_rivals, not_run = _torch_rivals(bundle, inputs, device)
     rivals |= torch_rivals
@@ -128,15 +129,17 @@ def bench_bundle(
 
 def _device(bundle: Bundle, names: Sequence[str]) -> torch.device:
     """Where all of these engines run; rivals share their inputs."""
+    devices = {}
     for name in names:
-        engine_graph(bundle, name)
-    if len({DEVICES[name] for name in names}) > 1:
+        check_runnable(bundle, name)
+        devices[name] = parse_target(name).device
+    if len(set(devices.values())) > 1:
         raise UsageError(
             "engines that are timed together run on one device",
-            received=", ".join(f"{name} on {DEVICES[name]}" for name in names),
+            received=", ".join(f"{name} on {device}" for name, device in devices.items()),
             fix="time them in two runs",
         )
-    return torch.device(DEVICES[names[0]])
+    return torch.device(devices[names[0]])
 
 
 def _torch_rivals(

@@ -9,7 +9,7 @@ from typing import Literal
 
 from mmdit_deploy.verify.records import Check, Level, Verdict
 
-Outcome = Literal["PASS", "FAIL", "NOT VERIFIED"]
+Outcome = Literal["PASS", "FAIL", "NOT EXECUTED", "NOT VERIFIED"]
 
 LEVELS: dict[Level, str] = {
     "local": "each block alone, on equal inputs",
@@ -20,9 +20,12 @@ LEVELS: dict[Level, str] = {
 
 
 def outcome(verdict: Verdict) -> Outcome:
-    """PASS or FAIL if something was checked; what was not checked neither passed nor failed."""
+    """PASS or FAIL if something was checked; what was not checked neither passed nor failed.
+
+    An engine that was built and not executed has not passed: only its graph has.
+    """
     if verdict.passed:
-        return "PASS"
+        return "PASS" if verdict.engine_executed else "NOT EXECUTED"
     return "NOT VERIFIED" if verdict.first_failure is None else "FAIL"
 
 
@@ -34,6 +37,7 @@ def overall(verdicts: Sequence[Verdict]) -> tuple[Outcome, str]:
     words: dict[Outcome, str] = {
         "PASS": "within tolerance",
         "FAIL": "out of tolerance",
+        "NOT EXECUTED": "built, not executed (its graph is within tolerance)",
         "NOT VERIFIED": "not verified",
     }
     if len(outcomes) == 1:
@@ -44,9 +48,8 @@ def overall(verdicts: Sequence[Verdict]) -> tuple[Outcome, str]:
     unexecuted = sum(len(v.not_executed) for v in verdicts)
     if unexecuted:
         sentence += f" {counted(unexecuted, 'item')} not executed."
-    if "FAIL" in outcomes:
-        return "FAIL", sentence
-    return ("PASS" if "PASS" in outcomes else "NOT VERIFIED"), sentence
+    by_rank: tuple[Outcome, ...] = ("FAIL", "PASS", "NOT EXECUTED", "NOT VERIFIED")
+    return next(o for o in by_rank if o in outcomes), sentence
 
 
 def counted(count: int, noun: str) -> str:

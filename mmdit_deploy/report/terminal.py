@@ -45,6 +45,8 @@ def _headline(verdict: Verdict) -> str:
     )
     if outcome(verdict) == "NOT VERIFIED":
         line += "; no check that the tolerance binds was run"
+    if outcome(verdict) == "NOT EXECUTED":
+        line += "; the engine was built, its graph is within tolerance"
     if verdict.not_executed:
         line += f"; {counted(len(verdict.not_executed), 'item')} not executed"
     return line

@@ -1,15 +1,24 @@
 """Run engines: named tensors in, named tensors out."""
 
-from mmdit_deploy.runtime.engine import Engine, engine_graph, runnable_target
+from mmdit_deploy.runtime.engine import Engine
+from mmdit_deploy.runtime.engines import check_runnable, engine_files, engine_graph, runnable_target
+from mmdit_deploy.runtime.fit import check_runs_here
 from mmdit_deploy.runtime.memory import available_memory
-from mmdit_deploy.runtime.ort import DEVICES, PROVIDERS, open_session, run_session
+from mmdit_deploy.runtime.ort import check_provider, open_session, run_session
+from mmdit_deploy.runtime.runner import Runner, open_runner
+from mmdit_deploy.runtime.tensorrt import TensorRTEngine
 
 __all__ = [
-    "DEVICES",
-    "PROVIDERS",
     "Engine",
+    "Runner",
+    "TensorRTEngine",
     "available_memory",
+    "check_provider",
+    "check_runnable",
+    "check_runs_here",
+    "engine_files",
     "engine_graph",
+    "open_runner",
     "open_session",
     "run_session",
     "runnable_target",

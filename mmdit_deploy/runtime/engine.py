@@ -3,128 +3,177 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from mmdit_deploy.build import Target, parse_target
 from mmdit_deploy.bundle import Bundle, open_bundle
-from mmdit_deploy.errors import BundleError, ContractError, MachineError, UsageError
-from mmdit_deploy.runtime.ort import DEVICES, PROVIDERS, import_onnxruntime, open_session, run_session
+from mmdit_deploy.errors import ContractError, UsageError
+from mmdit_deploy.runtime.engines import engine_files, engine_graph, runnable_target
+from mmdit_deploy.runtime.fit import check_runs_here, gpu
+from mmdit_deploy.runtime.kernel_cache import kernel_cache_file
+from mmdit_deploy.runtime.runner import Runner, open_runner
 
 
 class Engine:
-    """One engine of a bundle, ready to run. Create it with `Engine.load`."""
+    """One engine of a bundle, ready to run. Create it with `Engine.load`; `close` it, or leave a ``with``.
 
-    def __init__(self, bundle: Bundle, target: str):
-        graph = engine_graph(bundle, target)
+    Args:
+        bundle: that was opened and checked.
+        target: e.g. ``rtx:sm89``.
+        device, cuda_graphs, specialize: as for `load`.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        target: str,
+        *,
+        device: torch.device | str | None = None,
+        cuda_graphs: bool = False,
+        specialize: str = "lazy",
+    ):
+        parsed = parse_target(target)
         self.bundle = bundle
-        self.target = target
+        self.target = parsed.name
         self.contract = bundle.contract
-        self._session = open_session(graph, target)
+        self._runner = _open(bundle, parsed, _of(parsed, device), cuda_graphs, specialize)
+        self.device = self._runner.device
 
     @staticmethod
-    def load(path: str | Path, target: str = "auto", *, verify: bool = True) -> Engine:
+    def load(
+        path: str | Path,
+        target: str = "auto",
+        *,
+        verify: bool = True,
+        device: torch.device | str | None = None,
+        cuda_graphs: bool = False,
+        specialize: str = "lazy",
+    ) -> Engine:
         """Open a bundle's engine.
 
         Args:
             path: the bundle.
             target: e.g. ``ort-cpu``; ``auto`` takes the first that the bundle has and this machine can run.
             verify: check every file's SHA-256 first. An engine file is executable code.
+            device: the GPU, e.g. ``cuda:1``; by default torch's current one.
+            cuda_graphs: of a TensorRT target: launch each shape as one CUDA graph, which costs memory per shape.
+            specialize: of TensorRT-RTX: when kernels for a new shape are compiled: ``lazy`` in the background, with
+                slower ones until then; ``eager`` before that shape's first run; ``none``.
 
         Raises:
             BundleError: the bundle is not whole, or has no engines.
-            UsageError: there is no such target.
+            UsageError: there is no such target, or the arguments are not for it.
             MachineError: the bundle lacks the engine, or it cannot run here.
         """
         bundle = open_bundle(path, verify=verify)
-        return Engine(bundle, runnable_target(bundle) if target == "auto" else target)
+        name = runnable_target(bundle) if target == "auto" else target
+        return Engine(bundle, name, device=device, cuda_graphs=cuda_graphs, specialize=specialize)
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run one step.
+    def __call__(
+        self,
+        inputs: Mapping[str, Tensor],
+        *,
+        outputs: Mapping[str, Tensor] | None = None,
+        stream: torch.cuda.Stream | None = None,
+    ) -> dict[str, Tensor]:
+        """Run one step. On a GPU it is enqueued, in order with the stream; TensorRT returns before it is done.
 
         Args:
-            inputs: the contract's inputs by name, in its dtypes and shapes, all on the device that the target runs on.
+            inputs: the contract's inputs by name, in its dtypes and shapes, all on the engine's device. They are never
+                written to.
+            outputs: contiguous tensors to write to, by name; new ones for those that are missing.
+            stream: of the engine's device; by default torch's current one.
 
         Returns:
             The contract's outputs by name.
 
         Raises:
-            ContractError: an input breaks the contract; nothing was run.
+            ContractError: a tensor breaks the contract, or no profile of the engine holds the sizes; nothing was run.
         """
-        sizes = self.contract.check(
-            {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in inputs.items()}
-        )
-        self._check_devices(inputs)
-        outputs = [(t.name, getattr(torch, t.dtype), t.shape(sizes)) for t in self.contract.outputs]
-        return run_session(self._session, inputs, outputs)
+        sizes = self.contract.check({name: (_dtype(t), tuple(t.shape)) for name, t in inputs.items()})
+        given = dict(outputs or {})
+        self._check_outputs(given, sizes)
+        self._check_devices({**inputs, **given}, stream)
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
+            if stream is not None:
+                for tensor in (*inputs.values(), *given.values()):
+                    tensor.record_stream(stream)  # its memory is not given away before this stream is done with it
+            for spec in self.contract.outputs:
+                if spec.name not in given:
+                    dtype = getattr(torch, spec.dtype)
+                    given[spec.name] = torch.empty(spec.shape(sizes), dtype=dtype, device=self.device)
+            self._runner.run(inputs, given, sizes)
+        return {spec.name: given[spec.name] for spec in self.contract.outputs}
 
-    def _check_devices(self, inputs: Mapping[str, Tensor]) -> None:
-        """The runtime takes an address for one of the device that it is told: a wrong one ends the process."""
-        expected, first = DEVICES[self.target], next(iter(inputs))
-        for name, tensor in inputs.items():
-            if tensor.device.type != expected:
+    def close(self) -> None:
+        """Free what the engine holds, after what still runs is done. It cannot be called again."""
+        self._runner.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_outputs(self, outputs: Mapping[str, Tensor], sizes: Mapping[str, int]) -> None:
+        specs = {spec.name: spec for spec in self.contract.outputs}
+        for name, tensor in outputs.items():
+            if name not in specs:
+                raise ContractError(f"the outputs are {', '.join(specs)}", received=name, fix="pass one of them")
+            expected = f"{specs[name].dtype} {list(specs[name].shape(sizes))}"
+            received = f"{_dtype(tensor)} {list(tensor.shape)}"
+            if not tensor.is_contiguous():
+                received += ", not contiguous"
+            if received != expected:
                 raise ContractError(
-                    f"{name} is on the device that {self.target} runs on: {expected}",
-                    received=str(tensor.device),
-                    fix=f'{name}.to("{expected}")',
+                    f"the output {name} is contiguous, and {expected} for these inputs",
+                    received=received,
+                    fix="pass a tensor like that, or none to get a new one",
                 )
-            if tensor.device != inputs[first].device:
+
+    def _check_devices(self, tensors: Mapping[str, Tensor], stream: torch.cuda.Stream | None) -> None:
+        """The runtime takes an address for one of its device: a wrong one ends the process."""
+        for name, tensor in tensors.items():
+            if tensor.device != self.device:
                 raise ContractError(
-                    f"{name} is on the device of {first}: {inputs[first].device}",
+                    f"{name} is on the device that this {self.target} engine runs on: {self.device}",
                     received=str(tensor.device),
-                    fix=f'{name}.to("{inputs[first].device}")',
+                    fix=f'{name}.to("{self.device}")',
                 )
+        if stream is not None and stream.device != self.device:
+            raise ContractError(
+                f"the stream is one of the device that this {self.target} engine runs on: {self.device}",
+                received=f"one of {stream.device}",
+                fix="pass none, or torch.cuda.Stream(engine.device) on a GPU",
+            )
 
 
-def engine_graph(bundle: Bundle, target: str) -> Path:
-    """The graph file of a bundle's engine.
-
-    Raises:
-        BundleError: the bundle has no engines.
-        UsageError: there is no such target.
-        MachineError: the bundle lacks the target's engine.
-    """
-    engines = _engines(bundle)
-    if target not in PROVIDERS:
-        raise UsageError(f"an engine is one of {', '.join(engines)}", received=repr(target), fix="name one of them")
-    if target not in engines:
-        raise MachineError(
-            f"the bundle {bundle.name} has engines for {', '.join(engines)}",
-            received=target,
-            fix=f"mmdit-export … --target {target}",
-        )
-    return bundle.file(engines[target]["graph"])
-
-
-def runnable_target(bundle: Bundle) -> str:
-    """The engine of the bundle that this machine can run, a GPU's before a CPU's.
-
-    Raises:
-        BundleError: the bundle has no engines.
-        MissingPackageError: onnxruntime is not installed.
-        MachineError: none of its engines runs here.
-    """
-    engines = _engines(bundle)
-    providers = import_onnxruntime("ort-cpu" if "ort-cpu" in engines else "ort-cuda").get_available_providers()
-    # ONNX Runtime lists the CUDA provider that it was built with, also where there is no GPU.
-    preferred = ["ort-cuda", "ort-cpu"] if torch.cuda.is_available() else ["ort-cpu"]
-    for target in preferred:
-        if target in engines and PROVIDERS[target] in providers:
-            return target
-    raise MachineError(
-        "a bundle needs an engine that this machine can run",
-        received=f"{bundle.name} has {', '.join(engines)}; ONNX Runtime here has {', '.join(providers)}",
-        fix="export it with --target ort-cpu",
+def _open(bundle: Bundle, target: Target, device: torch.device | None, cuda_graphs: bool, specialize: str) -> Runner:
+    if target.flavour is None:
+        return open_runner(target, [engine_graph(bundle, target.name)], device=device, cuda_graphs=cuda_graphs)
+    record, files = engine_files(bundle, target.name)
+    check_runs_here(record, target, device)
+    fields = bundle.manifest.fields
+    built_from = [{**fields["spec"], "name": ""}, fields["precision"], fields["contract"]]
+    cache = kernel_cache_file(record, built_from, gpu(device)) if target.flavour.runtime_cache else None
+    return open_runner(
+        target, files, record, device=device, cuda_graphs=cuda_graphs, cache=cache, specialize=specialize
     )
 
 
-def _engines(bundle: Bundle) -> Mapping[str, Mapping[str, str]]:
-    engines: Mapping[str, Mapping[str, str]] = bundle.manifest.fields["engines"]
-    if not engines:
-        raise BundleError(
-            "only an engine can be run",
-            received=f"{bundle.name}, a bundle of graphs alone (--graph-only)",
-            fix="export it without --graph-only",
+def _of(target: Target, device: torch.device | str | None) -> torch.device | None:
+    """The device, if it is of the target's kind."""
+    parsed = None if device is None else torch.device(device)
+    if parsed is not None and parsed.type != target.device:
+        raise UsageError(
+            f"{target.name} runs on {target.device}", received=f"device {parsed}", fix="drop it, or name another target"
         )
-    return engines
+    return parsed
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

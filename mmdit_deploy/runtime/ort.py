@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mmdit_deploy.build import Target, parse_target
 from mmdit_deploy.errors import MachineError, MissingPackageError
 
 if TYPE_CHECKING:
@@ -22,8 +24,28 @@ _ONNX_TYPE = {
     torch.float16: 10,
     torch.bfloat16: 16,
 }
-PROVIDERS = {"ort-cpu": "CPUExecutionProvider", "ort-cuda": "CUDAExecutionProvider"}
-DEVICES = {"ort-cpu": "cpu", "ort-cuda": "cuda"}  # of torch, where a target's inputs are
+# What a model's time goes into: products, attention, norms and activations of all tokens. Beside them, ONNX Runtime
+# puts nodes on the CPU on purpose (arithmetic on shapes), or for want of a CUDA kernel of that opset (Sin and Cos of
+# opset 22, ReduceMax of 20: the tables of timesteps and positions): session.disable_cpu_ep_fallback would refuse them.
+_MODEL_OPS = frozenset(
+    {
+        "Attention",
+        "BiasGelu",
+        "FastGelu",
+        "FusedGemm",
+        "FusedMatMul",
+        "Gelu",
+        "Gemm",
+        "LayerNormalization",
+        "MatMul",
+        "MultiHeadAttention",
+        "RMSNormalization",
+        "SimplifiedLayerNormalization",
+        "SkipLayerNormalization",
+        "SkipSimplifiedLayerNormalization",
+        "Softmax",
+    }
+)
 
 
 def import_onnxruntime(target: str) -> Any:
@@ -43,8 +65,39 @@ def import_onnxruntime(target: str) -> Any:
     return onnxruntime
 
 
+def check_provider(target: Target) -> Any:
+    """Check that a target's execution provider is installed, and has its device.
+
+    Returns:
+        The onnxruntime package.
+
+    Raises:
+        MissingPackageError: onnxruntime is not installed.
+        MachineError: it lacks the provider, or there is no GPU.
+    """
+    ort = import_onnxruntime(target.name)
+    if target.provider not in ort.get_available_providers():
+        raise MachineError(
+            f"the target {target.name} runs on ONNX Runtime's {target.provider}",
+            received=f"this installation has {', '.join(ort.get_available_providers())}",
+            fix="on a machine with an NVIDIA GPU: pip install 'mmdit-deploy[gpu]'",
+        )
+    # ONNX Runtime lists the CUDA provider that it was built with, also where there is no GPU.
+    if target.device == "cuda" and not torch.cuda.is_available():
+        raise MachineError(
+            f"the target {target.name} needs an NVIDIA GPU",
+            received="torch finds no GPU" if torch.version.cuda else f"torch {torch.__version__}, which has no CUDA",
+            fix="run it on a machine with a GPU, and a torch with CUDA",
+        )
+    return ort
+
+
 def open_session(
-    model: Path | bytes, target: str, *, weights_folder: Path | None = None
+    model: Path | bytes,
+    target: str,
+    *,
+    weights_folder: Path | None = None,
+    device: torch.device | None = None,
 ) -> onnxruntime.InferenceSession:
     """A session on the target's execution provider, and on no other.
 
@@ -52,28 +105,29 @@ def open_session(
         model: the graph's file, or its bytes.
         target: ``ort-cpu`` or ``ort-cuda``.
         weights_folder: where a graph given as bytes finds its weights file.
+        device: the GPU; by default torch's current one.
 
     Raises:
         MissingPackageError: onnxruntime is not installed.
-        MachineError: the provider is not available here, or the graph does not load.
+        MachineError: the provider is not available here, the graph does not load, or ONNX Runtime would run the model
+            on another provider than asked for.
     """
-    ort = import_onnxruntime(target)
-    provider = PROVIDERS[target]
-    if provider not in ort.get_available_providers():
-        raise MachineError(
-            f"the target {target} runs on ONNX Runtime's {provider}",
-            received=f"this installation has {', '.join(ort.get_available_providers())}",
-            fix="on a machine with an NVIDIA GPU: pip install 'mmdit-deploy[gpu]'",
-        )
+    parsed = parse_target(target)
+    ort = check_provider(parsed)
+    provider = parsed.provider
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if weights_folder is not None:
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(weights_folder)
-        )
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights_folder))
+    provider_options: dict[str, str] = {}
+    if parsed.device == "cuda":
+        index = torch.cuda.current_device() if device is None or device.index is None else device.index
+        provider_options["device_id"] = str(index)
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     source = model if isinstance(model, bytes) else os.fspath(model)
     try:
-        session = ort.InferenceSession(source, options, providers=[provider])
+        # Its own fallback prints to standard output and tries again on the CPU.
+        session = ort.InferenceSession(source, options, providers=[(provider, provider_options)], enable_fallback=0)
     except Exception as error:  # ONNX Runtime raises bare classes of its binding
         raise MachineError(
             f"ONNX Runtime {ort.__version__} could not load the graph",
@@ -86,22 +140,44 @@ def open_session(
             received=f"ONNX Runtime fell back to {session.get_providers()[0]}",
             fix="check the CUDA driver and libraries of this machine",
         )
+    if parsed.device == "cuda":
+        _check_assignment(session, parsed, ort.__version__)
     return session
+
+
+def _check_assignment(session: onnxruntime.InferenceSession, target: Target, version: str) -> None:
+    """That the provider got the model, and not the CPU for want of kernels."""
+    elsewhere = Counter(
+        node.op_type
+        for subgraph in session.get_provider_graph_assignment_info()
+        if subgraph.ep_name != target.provider
+        for node in subgraph.get_nodes()
+        if node.op_type in _MODEL_OPS
+    )
+    if elsewhere:
+        counts = ", ".join(f"{count} {op}" for op, count in sorted(elsewhere.items()))
+        raise MachineError(
+            f"the target {target.name} runs the model on {target.provider} or not at all",
+            received=f"ONNX Runtime {version} has no kernel there for {counts}, and would run them on the CPU",
+            fix="install a newer onnxruntime-gpu, or export with --fp16",
+        )
 
 
 def run_session(
     session: onnxruntime.InferenceSession,
     inputs: Mapping[str, Tensor],
     outputs: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
+    into: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Run once, reading inputs from and writing outputs to torch memory.
 
     Args:
         inputs: by the session's names.
         outputs: name, dtype and shape of each output.
+        into: contiguous tensors to write to, by output name; new ones on the first input's device for the others.
 
     Returns:
-        New tensors on the first input's device. Inputs are never written to.
+        The outputs by name. Inputs are never written to.
     """
     binding = session.io_binding()
     device = next(iter(inputs.values())).device
@@ -119,7 +195,8 @@ def run_session(
         )
     results = {}
     for name, dtype, shape in outputs:
-        results[name] = torch.empty(shape, dtype=dtype, device=device)
+        given = (into or {}).get(name)
+        results[name] = torch.empty(shape, dtype=dtype, device=device) if given is None else given
         binding.bind_output(
             name, device.type, device.index or 0, _ONNX_TYPE[dtype], list(shape), results[name].data_ptr()
         )
@@ -129,3 +206,47 @@ def run_session(
     session.run_with_iobinding(binding)
     binding.synchronize_outputs()
     return results
+
+
+class OrtRunner:
+    """A graph that ONNX Runtime runs. Each run waits for torch's current stream, and the host for the run.
+
+    Args:
+        graph: the file, beside its weights.
+        device: of the target's kind; by default torch's current one.
+
+    Raises:
+        MissingPackageError, MachineError: as `open_session` does.
+    """
+
+    def __init__(self, graph: Path, target: Target, device: torch.device | None = None):
+        check_provider(target)
+        if target.device == "cuda" and (device is None or device.index is None):
+            device = torch.device("cuda", torch.cuda.current_device())
+        self._device = device or torch.device(target.device)
+        self._session: onnxruntime.InferenceSession | None = open_session(graph, target.name, device=self._device)
+        self._target = target.name
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs and outputs are."""
+        return self._device
+
+    def run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], sizes: Mapping[str, int]) -> None:
+        """Run once.
+
+        Args:
+            inputs: by name; they are never written to.
+            outputs: contiguous tensors to write to, by name.
+            sizes: what the shapes say already.
+
+        Raises:
+            MachineError: it was closed.
+        """
+        if self._session is None:
+            raise MachineError(f"the engine {self._target} is loaded", received="it was closed", fix="load it")
+        run_session(self._session, inputs, [(name, t.dtype, tuple(t.shape)) for name, t in outputs.items()], outputs)
+
+    def close(self) -> None:
+        """Free the session. It cannot be run again."""
+        self._session = None

@@ -14,6 +14,7 @@ from mmdit_deploy.checkpoint.weights import WeightSource, read_parameter
 from mmdit_deploy.contract import TensorSpec
 from mmdit_deploy.graph.extract import extract_call
 from mmdit_deploy.model import Call
+from mmdit_deploy.model.partition import call_of
 from mmdit_deploy.runtime import open_session, run_session
 from mmdit_deploy.spec import ModelSpec
 
@@ -28,7 +29,7 @@ class EagerCalls:
         self._modules: dict[str, nn.Module] = {}
         self._parameters: dict[str, list[Parameter]] = {}
         for parameter in parameters(spec):
-            self._parameters.setdefault(_call_of(parameter.path), []).append(parameter)
+            self._parameters.setdefault(call_of(parameter.path), []).append(parameter)
 
     def load(self, call: Call) -> _EagerCall:
         """The call with its weights in memory."""
@@ -56,14 +57,20 @@ class _EagerCall:
 
 
 class EngineCalls:
-    """What ships: the lowered graph of a bundle, cut at its calls, with the weights where the graph says they are."""
+    """A graph of a bundle, cut at its calls, on ONNX Runtime, with the weights where the graph says they are.
 
-    def __init__(self, graph: Path, target: str, dtype: torch.dtype):
-        self.model = onnx.load(graph, load_external_data=False)
-        self._folder, self._target, self._dtype = graph.parent, target, dtype
+    Args:
+        graph: weights by reference.
+        folder: the weights file's.
+        target: ``ort-cpu`` or ``ort-cuda``.
+        dtype: the compute type.
+    """
+
+    def __init__(self, graph: onnx.ModelProto, folder: Path, target: str, dtype: torch.dtype):
+        self._graph, self._folder, self._target, self._dtype = graph, folder, target, dtype
 
     def load(self, call: Call) -> _EngineCall:
-        part = extract_call(self.model, call.path)
+        part = extract_call(self._graph, call.path)
         session = open_session(part.SerializeToString(), self._target, weights_folder=self._folder)
         return _EngineCall(session, call, self._dtype)
 
@@ -102,10 +109,3 @@ def axis_sizes(specs: Sequence[TensorSpec], tensors: Sequence[Tensor]) -> Mappin
         for axis, size in zip(spec.axes, tensor.shape, strict=True)
         if isinstance(axis, str)
     }
-
-
-def _call_of(path: str) -> str:
-    """The call that a parameter belongs to: ``blocks.3.img.attn_out.weight`` → ``blocks.3``."""
-    steps = path.split(".")
-    depth = {"blocks": 2, "modulations": 3}.get(steps[0], 1)
-    return ".".join(steps[:depth])

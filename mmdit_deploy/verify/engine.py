@@ -1,4 +1,4 @@
-"""Verify one engine: call by call, and whole where memory allows, with a verdict at the end."""
+"""Verify one engine: call by call, and whole where it can run, with a verdict at the end."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
 import torch
 from torch import Tensor
 
-from mmdit_deploy.build import execution_of
+from mmdit_deploy.build import EngineRecord, Target, execution_of, parse_target
 from mmdit_deploy.checkpoint.keys import parameters
 from mmdit_deploy.checkpoint.weights import WeightSource
 from mmdit_deploy.contract import Contract
+from mmdit_deploy.errors import MachineError
 from mmdit_deploy.model import Call, calls
-from mmdit_deploy.runtime import open_session, run_session
-from mmdit_deploy.runtime.memory import available_memory
+from mmdit_deploy.runtime import available_memory, check_runs_here, open_runner
 from mmdit_deploy.spec import ModelSpec, Precision
 from mmdit_deploy.verify.cases import case_inputs
 from mmdit_deploy.verify.chains import EagerCalls, EngineCalls, axis_sizes
@@ -35,24 +36,35 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class EngineUnderTest:
-    """What is verified: the engine's graph beside its weights, and what it should be.
+    """What is verified: an engine, the graph to step through, and what they should compute.
 
     Args:
         name: the bundle's.
-        graph: the lowered graph's file, in the folder of its weights.
-        target: e.g. ``ort-cpu``.
+        target: which of its engines.
+        graph: in the dialect `stepped_dialect_of` the target; weights by reference.
+        folder: the weights file's.
+        files: what the engine is loaded from: the graph's file for ONNX Runtime, the engine files for TensorRT.
+        record: what was built, for TensorRT.
         outputs: block outputs that the graph exposes besides ``sample``.
-        whole: also run the whole engine in one session, where memory allows.
+        whole: also run the whole engine in one go, where this machine can.
     """
 
     name: str
-    graph: Path
-    target: str
+    target: Target
     spec: ModelSpec
     contract: Contract
     precision: Precision
+    graph: onnx.ModelProto
+    folder: Path
+    files: tuple[Path, ...]
+    record: EngineRecord | None = None
     outputs: tuple[str, ...] = ()
     whole: bool = True
+
+    @property
+    def stepped_on(self) -> Target:
+        """The ONNX Runtime target that its graph is stepped through on."""
+        return self.target if self.record is None else parse_target("ort-cpu")
 
 
 def verify_against_weights(
@@ -60,31 +72,46 @@ def verify_against_weights(
     source: WeightSource,
     cases: Sequence[Case],
     *,
+    beside: Sequence[EngineUnderTest] = (),
     record: ReferenceRecorder | None = None,
     progress: Progress | None = None,
-) -> Verdict:
+) -> tuple[Verdict, ...]:
     """Compare with the eager fp32 model that holds the source's weights: local and cumulative errors, by block.
 
+    Args:
+        beside: other engines of the same model and precision. Their graphs are compared once per kind of call, which is
+            all that can differ, and they are run whole where this machine can.
+
+    Returns:
+        The engine's verdict, then those of the engines beside it.
+
     Raises:
-        MachineError: the engine cannot run here.
+        MachineError: the engine's graph cannot run here.
         CheckpointError: the source cannot be read.
     """
     start = time.perf_counter()
-    tolerance = TOLERANCES[engine.precision.name]
     chain = calls(engine.spec, engine.outputs)
-    checks, outputs = stream_parity(
+    checks, checks_beside, outputs = stream_parity(
         chain,
         engine.contract,
         EagerCalls(engine.spec, source),
         _engine_calls(engine, chain),
         cases,
-        tolerance,
+        TOLERANCES[engine.precision.name],
+        beside=[_engine_calls(other, chain) for other in beside],
         record=record,
         progress=progress,
     )
-    inputs = [case_inputs(case, engine.contract) for case in cases]
-    return _verdict(
-        engine, source.description, checks, cases, inputs, outputs, start, "the eager model in fp32"
+    expected = _Expected(cases, [case_inputs(case, engine.contract) for case in cases], outputs)
+    reference = "the eager model in fp32"
+    kinds = len({call.kind.function for call in chain})
+    stepped = [(engine, checks, f"{len(chain)} calls one by one")]
+    stepped += [
+        (other, made, f"one call of each of {kinds} kinds") for other, made in zip(beside, checks_beside, strict=True)
+    ]
+    return tuple(
+        _verdict(one, source.description, made, expected, start, reference, (_how(one, how, cases),))
+        for one, made, how in stepped
     )
 
 
@@ -93,6 +120,8 @@ def verify_against_reference(
 ) -> Verdict:
     """Compare with what the eager model computed at export: no checkpoint needed.
 
+    ONNX Runtime's engines are stepped through and run whole, TensorRT's are run whole.
+
     Args:
         weights: where the weights came from, as the manifest says.
 
@@ -100,82 +129,111 @@ def verify_against_reference(
         MachineError: the engine cannot run here.
     """
     start = time.perf_counter()
-    chain = calls(engine.spec, engine.outputs)
-    tolerance = TOLERANCES[engine.precision.name]
-    checks = replay_parity(
-        chain, engine.contract, _engine_calls(engine, chain), reference, tolerance, progress=progress
-    )
+    checks: list[Check] = []
+    executed: tuple[str, ...] = ()
+    if engine.record is None:
+        chain = calls(engine.spec, engine.outputs)
+        tolerance = TOLERANCES[engine.precision.name]
+        made = _engine_calls(engine, chain)
+        checks = replay_parity(chain, engine.contract, made, reference, tolerance, progress=progress)
+        executed = (_how(engine, f"{len(chain)} calls one by one", reference.cases),)
     count = range(len(reference.cases))
-    inputs = [reference.inputs(i) for i in count]
     blocks = [t.name for t in engine.contract.outputs if t.name != "sample"]
-    outputs = [
-        {"sample": reference.sample(i), **{name: reference.digest(i, name) for name in blocks}} for i in count
-    ]
-    source = "the eager model in fp32, as recorded in reference.safetensors at export"
-    return _verdict(engine, weights, checks, reference.cases, inputs, outputs, start, source)
+    expected = _Expected(
+        reference.cases,
+        [reference.inputs(i) for i in count],
+        [{"sample": reference.sample(i), **{name: reference.digest(i, name) for name in blocks}} for i in count],
+    )
+    against = "the eager model in fp32, as recorded in reference.safetensors at export"
+    return _verdict(engine, weights, checks, expected, start, against, executed)
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """Inputs of the whole engine, and what it should compute, by case."""
+
+    cases: Sequence[Case]
+    inputs: Sequence[Mapping[str, Tensor]]
+    outputs: Sequence[Mapping[str, Tensor]]
 
 
 def _engine_calls(engine: EngineUnderTest, chain: Sequence[Call]) -> EngineCalls:
-    engine_calls = EngineCalls(engine.graph, engine.target, getattr(torch, engine.precision.dtype))
-    check_wiring(engine_calls.model, chain)
-    return engine_calls
+    check_wiring(engine.graph, chain)
+    dtype = getattr(torch, engine.precision.dtype)
+    return EngineCalls(engine.graph, engine.folder, engine.stepped_on.name, dtype)
+
+
+def _how(engine: EngineUnderTest, what: str, cases: Sequence[Case]) -> str:
+    graph = "" if engine.record is None else "its graph, "
+    return f"{graph}{what}, {len(cases)} cases: {execution_of(engine.stepped_on, engine.precision)}"
 
 
 def _verdict(
     engine: EngineUnderTest,
     weights: str,
     checks: list[Check],
-    cases: Sequence[Case],
-    inputs: Sequence[Mapping[str, Tensor]],
-    outputs: Sequence[Mapping[str, Tensor]],
+    expected: _Expected,
     start: float,
     reference: str,
+    executed: tuple[str, ...],
 ) -> Verdict:
-    how = execution_of(engine.target, engine.precision)
-    executed = [f"{len(calls(engine.spec))} calls one by one, {len(cases)} cases: {how}"]
-    not_executed = []
+    """The verdict on what was stepped through, with the whole engine's run where there can be one."""
     refusal = _whole_engine_refusal(engine)
-    if refusal:
-        not_executed.append(f"the whole engine in one session: {refusal}")
+    not_executed: tuple[str, ...] = ()
+    if refusal is None:
+        checks = checks + _whole_engine(engine, expected)
+        how = execution_of(engine.target, engine.precision)
+        device = f" on {torch.cuda.get_device_name()}" if engine.target.device == "cuda" else ""
+        executed = (*executed, f"the whole engine, {len(expected.cases)} cases: {how}{device}")
+    elif engine.record is None:
+        not_executed = (f"the whole engine in one session: {refusal}",)
     else:
-        checks = checks + _whole_engine(engine, cases, inputs, outputs)
-        executed.append(f"the whole engine in one session, {len(cases)} cases: {how}")
+        not_executed = (f"the engine: built, not executed: {refusal}",)
     return Verdict(
         bundle=engine.name,
-        target=engine.target,
+        target=engine.target.name,
         precision=engine.precision.name,
         weights=weights,
         reference=reference,
-        executed=tuple(executed),
-        not_executed=tuple(not_executed),
+        executed=executed,
+        not_executed=not_executed,
         tolerance=dataclasses.asdict(TOLERANCES[engine.precision.name]),
         checks=tuple(checks),
         seconds=time.perf_counter() - start,
+        engine_executed=engine.record is None or refusal is None,
     )
 
 
-def _whole_engine(
-    engine: EngineUnderTest,
-    cases: Sequence[Case],
-    inputs: Sequence[Mapping[str, Tensor]],
-    outputs: Sequence[Mapping[str, Tensor]],
-) -> list[Check]:
-    session = open_session(engine.graph, engine.target)
+def _whole_engine(engine: EngineUnderTest, expected: _Expected) -> list[Check]:
+    runner = open_runner(engine.target, engine.files, engine.record)
     tolerance = TOLERANCES[engine.precision.name]
     checks = []
-    for case, values, expected in zip(cases, inputs, outputs, strict=True):
-        sizes = axis_sizes(engine.contract.inputs, [values[t.name] for t in engine.contract.inputs])
-        wanted = [(t.name, getattr(torch, t.dtype), t.shape(sizes)) for t in engine.contract.outputs]
-        results = run_session(session, values, wanted)
-        checks += [check_output(name, case, results[name], expected[name], tolerance) for name in expected]
+    try:
+        for case, values, wanted in zip(expected.cases, expected.inputs, expected.outputs, strict=True):
+            inputs = {t.name: values[t.name].to(runner.device) for t in engine.contract.inputs}
+            sizes = axis_sizes(engine.contract.inputs, list(inputs.values()))
+            outputs = {
+                t.name: torch.empty(t.shape(sizes), dtype=getattr(torch, t.dtype), device=runner.device)
+                for t in engine.contract.outputs
+            }
+            runner.run(inputs, outputs, sizes)
+            checks += [check_output(name, case, outputs[name].cpu(), wanted[name], tolerance) for name in wanted]
+    finally:
+        runner.close()
     return checks
 
 
 def _whole_engine_refusal(engine: EngineUnderTest) -> str | None:
-    """Why the whole engine is not run here, or None where it fits."""
+    """Why the whole engine is not run here, or None where it can be."""
     if not engine.whole:
         return "left out on request (--blocks-only)"
-    if engine.target != "ort-cpu":
+    if engine.record is not None:
+        try:
+            check_runs_here(engine.record, engine.target)
+        except MachineError as error:
+            return f"{error.rule}; here: {error.received}"
+        return None
+    if engine.target.name != "ort-cpu":
         return None
     numel = sum(p.numel for p in parameters(engine.spec))
     needed, available = ORT_CPU_MEMORY_FACTOR * 4 * numel, available_memory()

@@ -89,6 +89,8 @@ class Verdict:
         tolerance: the bounds, as in `Tolerance`, with the reason.
         checks: every comparison, in the order of the model.
         seconds: wall time.
+        engine_executed: whether the engine itself computed anything. A TensorRT engine that was built on a machine
+            that cannot run it has only its graph compared.
     """
 
     bundle: str
@@ -101,6 +103,7 @@ class Verdict:
     tolerance: dict[str, Any]
     checks: tuple[Check, ...]
     seconds: float
+    engine_executed: bool = True
 
     @property
     def passed(self) -> bool:

@@ -31,19 +31,23 @@ def stream_parity(
     cases: Sequence[Case],
     tolerance: Tolerance,
     *,
+    beside: Sequence[EngineCalls] = (),
     record: ReferenceRecorder | None = None,
     progress: Progress | None = None,
-) -> tuple[list[Check], list[Values]]:
+) -> tuple[list[Check], list[list[Check]], list[Values]]:
     """Compare the engine with the eager model in lockstep.
 
     Args:
         calls: the model's, in order.
         contract: of the engine: its compute type is what inputs are rounded to.
+        beside: other graphs of the model, of the same compute type. Of each, the first call of every kind is compared
+            on equal inputs: calls of one kind share their function.
         record: keeps what the eager model computes, so that a later run needs no checkpoint.
         progress: called with the call's name, its index and the number of calls.
 
     Returns:
-        The checks in the order of the model, and the eager model's outputs (of the contract) for each case.
+        The checks in the order of the model, those of each graph beside, and the eager model's outputs (of the
+        contract) for each case.
     """
     compute = getattr(torch, contract.outputs[0].dtype)
     theirs: list[Values] = [case_inputs(case, contract) for case in cases]
@@ -52,10 +56,14 @@ def stream_parity(
         record.inputs(theirs)
     last_use = _last_uses(calls, contract)
     checks: list[Check] = []
+    checks_beside: list[list[Check]] = [[] for _ in beside]
+    first_of_kind = {call.kind.function: call.path for call in reversed(calls)}
     for index, call in enumerate(calls):
         if progress is not None:
             progress(call.path, index, len(calls))
         eager_call, engine_call = eager.load(call), engine.load(call)
+        is_first = first_of_kind[call.kind.function] == call.path
+        calls_beside = [other.load(call) for other in beside] if is_first else []
         for i, case in enumerate(cases):
             exact = [theirs[i][name] for name in call.inputs]
             expected = eager_call(exact)
@@ -66,6 +74,8 @@ def stream_parity(
             # In fp32 the rounded inputs are the exact ones, and one eager run serves both comparisons.
             reference = expected if compute == torch.float32 else eager_call(rounded)
             checks.append(_check(call, "local", case, engine_call(rounded), reference, tolerance))
+            for made, other in zip(checks_beside, calls_beside, strict=False):
+                made.append(_check(call, "local", case, other(rounded), reference, tolerance))
             chained = engine_call([ours[i][name] for name in call.inputs])
             level: Level = "output" if call is calls[-1] else "cumulative"
             checks.append(_check(call, level, case, chained, expected, tolerance))
@@ -76,8 +86,8 @@ def stream_parity(
             for values in (theirs[i], ours[i]):
                 for name in last_use[index]:
                     del values[name]
-        del eager_call, engine_call  # the next call's weights replace these
-    return checks, [{t.name: values[t.name] for t in contract.outputs} for values in theirs]
+        del eager_call, engine_call, calls_beside  # the next call's weights replace these
+    return checks, checks_beside, [{t.name: values[t.name] for t in contract.outputs} for values in theirs]
 
 
 def replay_parity(

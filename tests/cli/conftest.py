@@ -11,10 +11,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -23,7 +22,6 @@ from safetensors.torch import load_file, save_file
 import mmdit_deploy
 from mmdit_deploy.checkpoint import write_safetensors
 from mmdit_deploy.checkpoint.weights import RandomWeights, stream_parts, weights_layout
-from mmdit_deploy.graph.pipeline import Graphs
 from mmdit_deploy.spec import ModelSpec
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -62,24 +60,6 @@ def _call(command: str, *arguments: str | Path) -> Result:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main([str(a) for a in arguments])
     return Result(status, out.getvalue(), err.getvalue())
-
-
-@pytest.fixture(scope="package")
-def traced_once(graphs_of: Callable[..., Graphs]) -> Callable[[], contextlib.AbstractContextManager[object]]:
-    """A context in which exports take graphs that the session has traced already."""
-
-    def build(
-        spec: ModelSpec,
-        contract: object,
-        precision: Any,
-        layout: object,
-        *,
-        dialects: Sequence[str],
-        outputs: Sequence[str] = (),
-    ) -> Graphs:
-        return graphs_of(spec, precision.name, dialects, outputs)
-
-    return lambda: mock.patch("mmdit_deploy.export.build_graphs", build)
 
 
 @pytest.fixture

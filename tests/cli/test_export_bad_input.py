@@ -275,7 +275,7 @@ def test_onnxruntime_is_missed_by_the_name_of_its_extra(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    monkeypatch.setattr("mmdit_deploy.export.write_safetensors", lambda *_: pytest.fail("said too late"))
+    monkeypatch.setattr("mmdit_deploy.export.pipeline.write_safetensors", lambda *_: pytest.fail("said too late"))
     refuse(3, [checkpoint], "mmdit-deploy[cpu]")
     for command in ("verify", "bench"):
         run(command, exported[0]).refused(3, "mmdit-deploy[cpu]")

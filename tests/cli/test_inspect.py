@@ -71,6 +71,7 @@ def bundle(tmp_path: Path) -> Path:
             "weights": {"origin": "random (seed 7)", "random": True, "seed": 7},
             "outputs": [],
             "engines": {"ort-cpu": {"graph": "model.ort.onnx", "execution": "ONNX Runtime on CPU"}},
+            "versions": {"torch": "2.13.0"},
         },
     )
     return folder
@@ -110,6 +111,22 @@ def test_bundle(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(bundle)]) == 0
     out = capsys.readouterr().out
     assert "random (seed 7)" in out and "not executed: a GPU" in out and "encoder_hidden_states" in out
+    assert "  torch  2.13.0" in out and data["versions"] == {"torch": "2.13.0"}
+    assert "profiles" not in out  # one, which is the ranges
+
+
+@pytest.mark.parametrize("error", ["0.5", [1], True, 10**400])
+def test_verdicts_that_are_no_figures(error: object, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parity = bundle / "parity.json"
+    checks = [{"binding": True, "errors": {"rel_l2": error}}]
+    verdict = {"target": "ort-cpu", "passed": True, "checks": checks, "not_executed": []}
+    parity.write_text(json.dumps({"verdicts": [verdict]}))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    del manifest["files"], manifest["format"]
+    write_manifest(bundle, manifest)
+    assert main([str(bundle)]) == 2
+    err = capsys.readouterr().err
+    assert "parity.json must hold the verdicts" in err and "Traceback" not in err
 
 
 def test_a_bundle_with_one_byte_changed(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,7 +193,7 @@ def test_names_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureF
     assert "evil" in out and not set("\x1b\r\u202e") & set(out)
 
 
-@pytest.mark.parametrize("name", ["", "notes.txt", "none", "none.onnx", "none.safetensors", "org/name"])
+@pytest.mark.parametrize("name", ["", "notes.txt", "none", "none.engine", "none.onnx", "none.safetensors", "org/name"])
 def test_anything_else(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

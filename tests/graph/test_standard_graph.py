@@ -90,7 +90,7 @@ def test_a_pass_that_does_not_fire_is_an_error(tiny_spec: ModelSpec, graphs_of: 
                 imports["com.microsoft"] = 1
             run(model, [step for step in DIALECTS["ort"] if step is not left_out])
             with pytest.raises(GraphError, match="the ort graph has each attention and norm"):
-                check_census(model, implied_lowered(spec), "ort")
+                check_census(model, implied_lowered(spec, "ort"), "ort")
 
 
 def test_every_attention_and_every_linear_layer_is_lowered(tiny_spec: ModelSpec, graphs_of: GraphsOf) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from mmdit_deploy.checkpoint import random_tensor
 from mmdit_deploy.checkpoint.weights import RandomWeights
 from mmdit_deploy.errors import BundleError, ContractError, MachineError, MissingPackageError, MMDiTError, UsageError
 from mmdit_deploy.model import MMDiT, grid_ids
-from mmdit_deploy.runtime import Engine, engine_graph, runnable_target
+from mmdit_deploy.runtime import Engine, engine_files, engine_graph, runnable_target
 from mmdit_deploy.spec import ModelSpec
 from mmdit_deploy.verify.metrics import compare
 
@@ -27,9 +26,7 @@ def engine(tiny_bundle: Path) -> Engine:
     return Engine.load(tiny_bundle, "ort-cpu")
 
 
-def inputs(
-    engine: Engine, batch: int = 2, rows: int = 3, cols: int = 5, txt_tokens: int = 4
-) -> dict[str, Tensor]:
+def inputs(engine: Engine, batch: int = 2, rows: int = 3, cols: int = 5, txt_tokens: int = 4) -> dict[str, Tensor]:
     sizes = {"batch": batch, "img_tokens": rows * cols, "txt_tokens": txt_tokens}
     values = {
         t.name: random_tensor(8, t.name, t.shape(sizes), std=1.0, dtype=getattr(torch, t.dtype))
@@ -70,10 +67,7 @@ def test_runs_repeat_to_the_bit(engine: Engine) -> None:
 
 
 def test_a_wrong_input_never_reaches_the_runtime(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*_: object) -> None:
-        raise AssertionError("the runtime saw it")
-
-    monkeypatch.setattr("mmdit_deploy.runtime.engine.run_session", never)
+    monkeypatch.setattr("mmdit_deploy.runtime.ort.run_session", lambda *_: pytest.fail("the runtime saw it"))
     feed = inputs(engine)
     short = {n: t for n, t in feed.items() if n != "timestep"}
     for broken, words in (
@@ -97,13 +91,64 @@ def test_auto_takes_what_runs_here(tiny_bundle: Path, engine: Engine) -> None:
 
 
 def test_an_engine_that_the_bundle_lacks(tiny_bundle: Path) -> None:
-    with pytest.raises(MachineError) as caught:
-        Engine.load(tiny_bundle, "ort-cuda")
-    assert "ort-cpu" in caught.value.rule and caught.value.received == "ort-cuda"
-    assert "--target ort-cuda" in str(caught.value.fix)
-    for name in ("tpu", "rtx:sm89", ""):
-        with pytest.raises(UsageError, match="an engine is one of ort-cpu"):
+    for name in ("ort-cuda", "rtx:sm89", "trt"):
+        with pytest.raises(MachineError) as caught:
             Engine.load(tiny_bundle, name)
+        assert "ort-cpu" in caught.value.rule and caught.value.received == name
+        assert f"--target {name}" in str(caught.value.fix) and caught.value.exit_status == 3
+    for name in ("tpu", "rtx:sm90", ""):
+        with pytest.raises(UsageError, match="--target"):
+            Engine.load(tiny_bundle, name)
+
+
+def test_outputs_may_be_given(engine: Engine) -> None:
+    feed = inputs(engine)
+    expected = engine(feed)["sample"]
+    mine = torch.zeros_like(expected)
+    assert engine(feed, outputs={"sample": mine})["sample"] is mine and torch.equal(mine, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "received"),
+    [
+        (lambda t: {"sample": t.float()}, "float32 [2, 15, 12]"),
+        (lambda t: {"sample": t[:1]}, "float16 [1, 15, 12]"),
+        (lambda t: {"sample": torch.stack([t, t], dim=-1)[..., 0]}, "float16 [2, 15, 12], not contiguous"),
+        (lambda t: {"latent": t}, "latent"),
+        (lambda t: {"sample": t.to("meta")}, "meta"),
+    ],
+)
+def test_a_wrong_output_never_reaches_the_runtime(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], dict[str, Tensor]], received: str
+) -> None:
+    """It would be written to whatever it is."""
+    feed = inputs(engine)
+    outputs = change(engine(feed)["sample"])
+    monkeypatch.setattr("mmdit_deploy.runtime.ort.run_session", lambda *_: pytest.fail("the runtime saw it"))
+    with pytest.raises(ContractError) as caught:
+        engine(feed, outputs=outputs)
+    assert caught.value.received == received
+
+
+def test_a_stream_is_the_gpus(engine: Engine) -> None:
+    stream: Any = SimpleNamespace(device=torch.device("cuda:0"))
+    with pytest.raises(ContractError, match="the stream is one of the device"):
+        engine(inputs(engine), stream=stream)
+
+
+def test_arguments_that_are_not_for_the_target(tiny_bundle: Path) -> None:
+    with pytest.raises(UsageError, match="ort-cpu runs on cpu"):
+        Engine.load(tiny_bundle, "ort-cpu", device="cuda:1")
+    with pytest.raises(UsageError, match="CUDA graphs are for TensorRT targets"):
+        Engine.load(tiny_bundle, "ort-cpu", cuda_graphs=True)
+
+
+def test_a_closed_engine_does_not_run(tiny_bundle: Path) -> None:
+    with Engine.load(tiny_bundle) as engine:
+        feed = inputs(engine)
+        assert engine.device == torch.device("cpu") and engine(feed)["sample"].shape == (2, 15, 12)
+    with pytest.raises(MachineError, match="it was closed"):
+        engine(feed)
 
 
 def with_engines(*targets: str) -> Any:
@@ -159,10 +204,11 @@ def test_a_bundle_of_graphs_alone(ask: Callable[[Any], object]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "error"), [("ort-cpu", None), ("ort-cuda", MachineError), ("trt", UsageError), ("tpu", UsageError)]
+    ("target", "error"),
+    [("ort-cpu", None), ("ort-cuda", MachineError), ("rtx:sm89", MachineError), ("tpu", UsageError)],
 )
 def test_the_graph_of_an_engine(target: str, error: type[MMDiTError] | None) -> None:
-    bundle = with_engines("ort-cpu", "trt")  # of a later version, perhaps
+    bundle = with_engines("ort-cpu", "trt")
     if error is None:
         assert engine_graph(bundle, target) == Path("ort-cpu.onnx")
         return
@@ -170,34 +216,29 @@ def test_the_graph_of_an_engine(target: str, error: type[MMDiTError] | None) -> 
         engine_graph(bundle, target)
 
 
-@pytest.mark.parametrize(
-    ("target", "devices", "rule", "received", "fix"),
-    [
-        ("ort-cpu", {"timestep": "meta"}, "timestep is on the device that ort-cpu runs on: cpu", "meta", 'to("cpu")'),
-        ("ort-cuda", {"timestep": "cpu"}, "timestep is on the device that ort-cuda runs on: cuda", "cpu", 'to("cuda")'),
-        ("ort-cuda", {"img_ids": "cuda:1"}, "img_ids is on the device of", "cuda:1", 'img_ids.to("cuda:0")'),
-    ],
-)
-def test_tensors_elsewhere_never_reach_the_runtime(
-    engine: Engine,
-    monkeypatch: pytest.MonkeyPatch,
-    target: str,
-    devices: dict[str, str],
-    rule: str,
-    received: str,
-    fix: str,
-) -> None:
-    monkeypatch.setattr("mmdit_deploy.runtime.engine.run_session", lambda *_: pytest.fail("the runtime saw it"))
-    engine = copy.copy(engine)
-    engine.target = target
-    rest = "cuda:0" if target == "ort-cuda" else "cpu"
-    feed: Any = {
-        name: SimpleNamespace(dtype=t.dtype, shape=t.shape, device=torch.device(devices.get(name, rest)))
-        for name, t in inputs(engine).items()
-    }
-    with pytest.raises(ContractError) as caught:
-        engine(feed)
-    assert rule in caught.value.rule and caught.value.received == received and fix in str(caught.value.fix)
+def test_a_target_has_one_name(bundled: Callable[..., Any], build: Callable[..., Any]) -> None:
+    record, files = build("rtx:sm86+sm89", capabilities=("8.6", "8.9"))
+    bundle = bundled({"rtx:sm86+sm89": record})
+    assert engine_files(bundle, "rtx:sm89+sm86") == (record, files)
+    assert engine_graph(bundle, "rtx:sm89+sm86").name == "model.onnx"
+
+
+def test_engine_files_are_tensorrts(bundled: Callable[..., Any]) -> None:
+    with pytest.raises(UsageError, match=r"ort-cpu, which runs ort-cpu\.onnx"):
+        engine_files(bundled({"ort-cpu": None}), "ort-cpu")
+
+
+def test_tensors_elsewhere_never_reach_the_runtime(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmdit_deploy.runtime.ort.run_session", lambda *_: pytest.fail("the runtime saw it"))
+    feed: dict[str, Any] = inputs(engine)
+    for device in ("meta", "cuda:1"):
+        moved = SimpleNamespace(
+            dtype=torch.float32, shape=feed["timestep"].shape, device=torch.device(device), is_contiguous=lambda: True
+        )
+        with pytest.raises(ContractError) as caught:
+            engine({**feed, "timestep": moved})
+        assert caught.value.rule == "timestep is on the device that this ort-cpu engine runs on: cpu"
+        assert caught.value.received == device and 'timestep.to("cpu")' in str(caught.value.fix)
 
 
 def test_a_changed_byte_is_refused_before_anything_is_loaded(
@@ -208,6 +249,115 @@ def test_a_changed_byte_is_refused_before_anything_is_loaded(
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    monkeypatch.setattr("mmdit_deploy.runtime.engine.open_session", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr("mmdit_deploy.runtime.ort.open_session", lambda *_, **__: pytest.fail("it was loaded"))
     with pytest.raises(BundleError, match=r"weights\.safetensors"):
         Engine.load(folder)
+
+
+# ---- TensorRT engines of a bundle; conftest's fakes ----
+
+
+def test_a_bundles_tensorrt_engine_as_a_callable(
+    fake: Any, chain: Any, bundled: Callable[..., Any], build: Callable[..., Any], own_cache: Path
+) -> None:
+    feed = chain.feed()
+    for target in ("rtx:sm89", "trt"):
+        with Engine(bundled({target: build(target)[0]}), target) as engine:
+            received = engine(feed)
+            assert list(received) == ["sample", "blocks.0"]
+            assert all(torch.equal(received[name], t) for name, t in chain.expected(feed).items())
+    # Kernels that were compiled are kept where the next process looks, for the one that compiles any.
+    assert len(list(own_cache.rglob("*.kernels"))) == 1
+
+
+def test_a_stream_of_the_callers(
+    fake: Any, chain: Any, bundled: Callable[..., Any], build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[object] = []
+    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: held.append(self))
+    engine, stream, feed = Engine(bundled({"rtx:sm89": build()[0]}), "rtx:sm89"), chain.stream(), chain.feed()
+    engine(feed, stream=stream)
+    ran = [event for event in fake.events if event.startswith("run")]
+    assert ran == [f"run segment-{i} on {stream.cuda_stream}" for i in range(3)]
+    # The caller may drop its inputs at once: their memory waits for the stream.
+    assert [id(tensor) for tensor in held] == [id(tensor) for tensor in feed.values()]
+
+
+def test_arguments_go_through(fake: Any, bundled: Callable[..., Any], build: Callable[..., Any]) -> None:
+    Engine(bundled({"rtx:sm89": build()[0]}), "rtx:sm89", cuda_graphs=True, specialize="eager")
+    assert {c.cuda_graph_strategy.name for c in fake.configs} == {"WHOLE_GRAPH_CAPTURE"}
+    assert {c.dynamic_shapes_kernel_specialization_strategy.name for c in fake.configs} == {"EAGER"}
+
+
+def _drop(key: str) -> Callable[[dict[str, Any]], object]:
+    return lambda entry: entry.pop(key)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        *[(_drop(key), f"no '{key}'") for key in ("flavour", "version", "capabilities", "profiles", "segments")],
+        (lambda e: e.update(segments=[]), "no segments"),
+        (lambda e: e.update(segments=["x"]), "string indices"),
+        (lambda e: e.update(profiles=[]), "or no profiles"),
+        (lambda e: e["profiles"][0].pop("batch"), "or no profiles"),
+        (lambda e: e["profiles"][0].update(batch=[1]), "Range"),
+        (lambda e: e.update(flavour="TensorRT"), "an engine of TensorRT"),
+        (lambda e: e["segments"].pop(0), "reads h, which nothing before it writes so"),
+        (lambda e: e["segments"].reverse(), "reads g"),
+        (lambda e: e["segments"].pop(), "no segment writes sample"),
+        (lambda e: e["segments"][1]["inputs"][0].update(dtype="float32"), "reads h"),
+        (lambda e: e["segments"][1]["outputs"][0].update(name="timestep"), "writes timestep again"),
+    ],
+)
+def test_a_record_that_is_none_is_a_broken_bundle(
+    fake: Any,
+    bundled: Callable[..., Any],
+    build: Callable[..., Any],
+    change: Callable[[dict[str, Any]], object],
+    words: str,
+) -> None:
+    bundle = bundled({"rtx:sm89": build()[0]})
+    change(bundle.manifest.fields["engines"]["rtx:sm89"])
+    for ask in (lambda: Engine(bundle, "rtx:sm89"), lambda: engine_files(bundle, "rtx:sm89")):
+        with pytest.raises(BundleError, match="the manifest's record of rtx:sm89") as caught:
+            ask()
+        assert words in str(caught.value.received)
+    assert not fake.events
+
+
+def test_auto_prefers_a_tensorrt_that_fits(
+    fake: Any, bundled: Callable[..., Any], build: Callable[..., Any], machine: Callable[..., None]
+) -> None:
+    engines = {"ort-cpu": None, "ort-cuda": None, "rtx:sm89": build()[0], "trt": build("trt")[0]}
+    bundle = bundled(engines)
+    machine("CUDA", "CPU", gpu=True)
+    assert runnable_target(bundle) == "rtx:sm89"
+    assert runnable_target(bundled(dict(reversed(engines.items())))) == "trt"  # the bundle's order among equals
+    fake.gpu = (12, 0)
+    assert runnable_target(bundle) == "ort-cuda"
+    machine("CPU", gpu=True)
+    assert runnable_target(bundle) == "ort-cpu"
+    machine("CPU", gpu=False)
+    assert runnable_target(bundle) == "ort-cpu"
+    assert not fake.events
+
+
+def test_auto_where_no_tensorrt_fits(
+    fake: Any, bundled: Callable[..., Any], build: Callable[..., Any], machine: Callable[..., None]
+) -> None:
+    """Without onnxruntime: a bundle of TensorRT engines does not need it."""
+    machine(gpu=True)
+    bundle = bundled({"rtx:sm89": build()[0]})
+    assert runnable_target(bundle) == "rtx:sm89"
+    fake.gpu = (8, 6)
+    with pytest.raises(MachineError, match="--target rtx:sm86") as caught:
+        runnable_target(bundle)
+    assert "8.6" in str(caught.value.received) and "--target ort-cpu" in str(caught.value.fix)
+    with pytest.raises(MachineError, match=r"which has 8\.6"):  # by name: never another
+        Engine(bundle, "rtx:sm89")
+
+
+def test_a_target_of_a_later_version_is_left_alone(machine: Callable[..., None]) -> None:
+    machine("CPU")
+    assert runnable_target(with_engines("rtx:sm999", "ort-cpu")) == "ort-cpu"

@@ -116,17 +116,119 @@ def test_a_provider_that_is_not_there_is_named() -> None:
         pytest.skip("this installation has the CUDA provider")
     with pytest.raises(MachineError) as caught:
         open_session(transposing("float"), "ort-cuda")
-    assert "CUDAExecutionProvider" in caught.value.rule and "CPUExecutionProvider" in str(
-        caught.value.received
-    )
+    assert "CUDAExecutionProvider" in caught.value.rule and "CPUExecutionProvider" in str(caught.value.received)
     assert "mmdit-deploy[gpu]" in str(caught.value.fix) and caught.value.exit_status == 3
 
 
 @pytest.mark.parametrize(("target", "extra"), [("ort-cpu", "cpu"), ("ort-cuda", "gpu")])
-def test_without_onnxruntime_the_extra_is_named(
-    monkeypatch: pytest.MonkeyPatch, target: str, extra: str
-) -> None:
+def test_without_onnxruntime_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, target: str, extra: str) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(MissingPackageError) as caught:
         ort_module.import_onnxruntime(target)
     assert f"mmdit-deploy[{extra}]" in str(caught.value.fix) and caught.value.exit_status == 3
+
+
+def test_outputs_may_be_given() -> None:
+    session = open_session(transposing("float"), "ort-cpu")
+    x, y = torch.arange(6.0).reshape(2, 3), torch.zeros(3, 2)
+    out = run_session(session, {"x": x}, [("y", torch.float32, (3, 2)), ("z", torch.float32, (2, 3))], {"y": y})
+    assert out["y"] is y and torch.equal(y, x.T) and torch.equal(out["z"], x)
+
+
+# ---- the CUDA provider, on a fake of ONNX Runtime ----
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A machine with a GPU, and an ONNX Runtime that puts nodes where `where` says."""
+    state: Any = SimpleNamespace(where={"CUDAExecutionProvider": ["MatMul"]}, got="CUDAExecutionProvider", opened=[])
+
+    class Options:
+        def __init__(self) -> None:
+            self.entries: dict[str, str] = {}
+
+        def add_session_config_entry(self, key: str, value: str) -> None:
+            self.entries[key] = value
+
+    class Session:
+        def __init__(self, source: object, options: Options, **arguments: Any):
+            state.opened.append((options.entries, arguments))
+
+        def get_providers(self) -> list[str]:
+            return [state.got, "CPUExecutionProvider"]
+
+        def get_provider_graph_assignment_info(self) -> list[Any]:
+            assert state.opened[-1][0]["session.record_ep_graph_assignment_info"] == "1"
+            return [
+                SimpleNamespace(ep_name=name, get_nodes=lambda ops=ops: [SimpleNamespace(op_type=op) for op in ops])
+                for name, ops in state.where.items()
+            ]
+
+    module = SimpleNamespace(
+        __version__="1.31.1",
+        SessionOptions=Options,
+        InferenceSession=Session,
+        get_available_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
+    )
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return state
+
+
+def test_onnx_runtime_gets_no_chance_to_fall_back(cuda: Any) -> None:
+    open_session(b"", "ort-cuda", device=torch.device("cuda:1"))
+    entries, arguments = cuda.opened[0]
+    assert arguments == {"providers": [("CUDAExecutionProvider", {"device_id": "1"})], "enable_fallback": 0}
+    # It would refuse arithmetic on shapes too, which ONNX Runtime puts on the CPU on purpose.
+    assert "session.disable_cpu_ep_fallback" not in entries
+    cuda.got = "CPUExecutionProvider"
+    with pytest.raises(MachineError, match="fell back to CPUExecutionProvider"):
+        open_session(b"", "ort-cuda")
+
+
+@pytest.mark.parametrize("ops", [[], ["Shape", "Concat", "Gather"], ["Sin", "Cos", "ReduceMax", "Div", "Cast"]])
+def test_small_nodes_may_be_on_the_cpu(cuda: Any, ops: list[str]) -> None:
+    cuda.where["CPUExecutionProvider"] = ops
+    open_session(b"", "ort-cuda")
+
+
+@pytest.mark.parametrize(
+    ("ops", "shown"),
+    [
+        (["Shape", "MatMul"], "1 MatMul"),
+        (["RMSNormalization"] * 8 + ["Attention", "RMSNormalization"], "1 Attention, 9 RMSNormalization"),
+        (["MultiHeadAttention"], "1 MultiHeadAttention"),
+        (["FusedMatMul", "Gemm", "LayerNormalization", "Gelu"], "1 FusedMatMul, 1 Gelu, 1 Gemm, 1 LayerNormalization"),
+    ],
+)
+def test_the_model_is_not_computed_on_the_cpu_in_silence(cuda: Any, ops: list[str], shown: str) -> None:
+    cuda.where["CPUExecutionProvider"] = ops
+    with pytest.raises(MachineError) as caught:
+        open_session(b"", "ort-cuda")
+    assert f"for {shown}, and" in str(caught.value.received) and caught.value.exit_status == 3
+
+
+def test_the_real_onnx_runtime_tells_where_nodes_go() -> None:
+    """The names that the check goes by, and that functions are looked into."""
+    import onnxruntime
+
+    text = """<ir_version: 11, opset_import: ["": 23, "f": 1]>
+        g (float[M,4] x, float[4,4] w) => (float[M,4] y) { y = f.Block(x, w) }
+        <domain: "f", opset_import: ["": 23]> Block (a, b) => (c) { c = MatMul(a, b) }"""
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    session = onnxruntime.InferenceSession(
+        onnx.parser.parse_model(text).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    found = session.get_provider_graph_assignment_info()
+    assert [(part.ep_name, [node.op_type for node in part.get_nodes()]) for part in found] == [
+        ("CPUExecutionProvider", ["MatMul"])
+    ]
+
+
+def test_ort_cuda_without_a_gpu(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MachineError, match="needs an NVIDIA GPU"):
+        open_session(b"", "ort-cuda")
+    assert not cuda.opened

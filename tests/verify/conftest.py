@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import onnx
 import pytest
 import torch
 from torch import Tensor
 
+from mmdit_deploy.build import parse_target
 from mmdit_deploy.bundle import open_bundle, read_manifest, write_manifest
 from mmdit_deploy.checkpoint import SafetensorsFile
 from mmdit_deploy.checkpoint.weights import RandomWeights
 from mmdit_deploy.contract import Contract, Range
-from mmdit_deploy.export import ExportRequest, export
-from mmdit_deploy.graph.pipeline import Graphs
-from mmdit_deploy.spec import PRECISIONS, ModelSpec, Precision
+from mmdit_deploy.export import ExportRequest, ExportResult, export
+from mmdit_deploy.spec import PRECISIONS, ModelSpec
 from mmdit_deploy.verification import verify_bundle
 from mmdit_deploy.verify import Case, EngineUnderTest, Verdict, verify_against_weights
 
@@ -48,11 +48,22 @@ class Copy:
         spec = ModelSpec.from_json(fields["spec"])
         contract = Contract.from_json(fields["contract"])
         compute = PRECISIONS[fields["precision"]]
-        return EngineUnderTest(self.path.name, self.graph, "ort-cpu", spec, contract, compute, **changes)
+        return EngineUnderTest(
+            name=self.path.name,
+            target=parse_target("ort-cpu"),
+            spec=spec,
+            contract=contract,
+            precision=compute,
+            graph=onnx.load(self.graph, load_external_data=False),
+            folder=self.path,
+            files=(self.graph,),
+            **changes,
+        )
 
     def verify(self, cases: Sequence[Case] = CASES, **changes: Any) -> Verdict:
         """The verdict on its engine, against the model with the seed's weights."""
-        return verify_against_weights(self.engine(**changes), RandomWeights(SEED), cases)
+        (verdict,) = verify_against_weights(self.engine(**changes), RandomWeights(SEED), cases)
+        return verdict
 
     def edit_graph(self, change: Callable[[onnx.ModelProto], None]) -> None:
         model = onnx.load(self.graph, load_external_data=False)
@@ -88,22 +99,13 @@ class Copy:
 
 
 @pytest.fixture(scope="session")
-def quick_export(graphs_of: Callable[..., Graphs]) -> Callable[..., Any]:
+def quick_export(
+    traced_once: Callable[[], contextlib.AbstractContextManager[object]],
+) -> Callable[..., ExportResult]:
     """`export`, with the graphs that the session has traced already."""
 
-    def build(
-        spec: ModelSpec,
-        contract: Contract,
-        precision: Precision,
-        layout: object,
-        *,
-        dialects: Sequence[str],
-        outputs: Sequence[str] = (),
-    ) -> Graphs:
-        return graphs_of(spec, precision.name, dialects, outputs)
-
-    def run(request: ExportRequest, log: Callable[[str], None] = lambda _: None) -> Any:
-        with mock.patch("mmdit_deploy.export.build_graphs", build):
+    def run(request: ExportRequest, log: Callable[[str], None] = lambda _: None) -> ExportResult:
+        with traced_once():
             return export(request, log)
 
     return run

@@ -75,7 +75,7 @@ def test_a_bundle_without_a_reference_says_what_to_do(copy_of: Callable[[str], A
 
 
 @pytest.mark.parametrize(
-    ("target", "error"), [("tpu", UsageError), ("rtx:sm89", UsageError), ("ort-cuda", MachineError)]
+    ("target", "error"), [("tpu", UsageError), ("rtx:sm89", MachineError), ("ort-cuda", MachineError)]
 )
 def test_an_engine_that_the_bundle_lacks(
     healthy: Callable[[str], Path], target: str, error: type[Exception]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from mmdit_deploy.graph.lower.adaln import adaln
+from mmdit_deploy.graph.lower.batched_modulation import batched_modulation
 from mmdit_deploy.graph.lower.emulate_bf16 import emulate_bf16
 from mmdit_deploy.graph.lower.linear import linear
 from mmdit_deploy.graph.lower.multi_head_attention import MICROSOFT, multi_head_attention
@@ -16,6 +17,10 @@ _ORT = (multi_head_attention, adaln, linear)
 DIALECTS: dict[str, tuple[Pass, ...]] = {
     "ort": _ORT,
     "ort-emulated-bf16": (*_ORT, emulate_bf16),
+    # TensorRT reads the standard graph as it is; this one it builds in less memory.
+    "trt": (batched_modulation,),
+    # The standard graph's own numbers, where a runtime has no bf16 kernels.
+    "standard-emulated-bf16": (emulate_bf16,),
 }
 
 

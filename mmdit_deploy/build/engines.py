@@ -1,0 +1,172 @@
+"""All engines of one TensorRT target: segment after segment, each built, then checked by the fusion gate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from mmdit_deploy.build.build_log import BuildLog
+from mmdit_deploy.build.engine_builder import build_engine
+from mmdit_deploy.build.flavours import Flavour
+from mmdit_deploy.build.gate import check_fusion, implied_by_call
+from mmdit_deploy.build.layers import EngineLayer, kernels_by_call, kernels_by_type
+from mmdit_deploy.build.layers_file import write_layers
+from mmdit_deploy.build.progress import BuildProgress
+from mmdit_deploy.build.records import EngineRecord, SegmentRecord
+from mmdit_deploy.build.targets import Target, dialect_of, execution_of
+from mmdit_deploy.contract import Contract, TensorSpec
+from mmdit_deploy.graph.extract import extract_segment
+from mmdit_deploy.graph.lower import lower
+from mmdit_deploy.hashed_file import WrittenFile
+from mmdit_deploy.spec import ModelSpec, Precision
+
+Log = Callable[[str], None]
+BUILD_LOG = "build.log"
+
+
+def build_target(
+    target: Target,
+    spec: ModelSpec,
+    precision: Precision,
+    contract: Contract,
+    standard: onnx.ModelProto,
+    folder: Path,
+    segments: Sequence[Sequence[str]],
+    log: Log,
+) -> tuple[EngineRecord, dict[str, tuple[int, str]]]:
+    """Build a target's engines into a bundle's folder.
+
+    Args:
+        target: of a TensorRT.
+        standard: the standard graph.
+        folder: the bundle's, with the weights file.
+        segments: the model's calls, by segment.
+        log: gets a line for people now and then, and the builder's warnings.
+
+    Returns:
+        What was built, and size and SHA-256 of the engine files, by path in the bundle.
+
+    Raises:
+        MissingPackageError: the flavour is not installed.
+        GraphError: TensorRT cannot build the graph, or did not fuse what the spec implies.
+        MachineError: the disk is full, or memory ran out.
+        KeyboardInterrupt: Ctrl-C.
+    """
+    flavour = target.flavour
+    if flavour is None:
+        raise ValueError(f"{target.name} is no TensorRT target")
+    fused = precision.name in flavour.fused_attention
+    into = folder / target.folder
+    into.mkdir(parents=True)
+    records: list[SegmentRecord] = []
+    layers: dict[str, Sequence[EngineLayer]] = {}
+    files: dict[str, WrittenFile] = {}
+    with BuildLog(into / BUILD_LOG, lambda line: log(f"build: {target.name}: {line}")) as build_log:
+        for i, calls in enumerate(segments):
+            what = target.name if len(segments) == 1 else f"{target.name} segment {i + 1} of {len(segments)}"
+            log(f"build: {what}, {calls[0]} to {calls[-1]}")
+            build_log.begin(what)
+            graph = _lowered(extract_segment(standard, calls, f"{spec.name}.{i}"), dialect_of(target, precision))
+            file = f"{target.folder}/segment-{i}.engine"
+            built = build_engine(
+                flavour,
+                graph,
+                folder,
+                folder / file,
+                build_log,
+                profiles=contract.profiles,
+                capabilities=target.capabilities,
+                fused_attention=fused,
+                progress=BuildProgress(_reporter(what, log)),
+            )
+            attentions = check_fusion(
+                graph,
+                built.layers,
+                implied_by_call(spec, calls),
+                fused=fused,
+                profiles=len(contract.profiles),
+                what=what,
+            )
+            layers[file], files[file] = built.layers, built.file
+            records.append(
+                SegmentRecord(
+                    file=file,
+                    nbytes=built.file.size,
+                    calls=tuple(calls),
+                    inputs=_tensors(graph.graph.input),
+                    outputs=_tensors(graph.graph.output),
+                    kernels_by_type=kernels_by_type(built.layers),
+                    kernels_by_call=kernels_by_call(built.layers, calls),
+                    fused_attentions=attentions,
+                    seconds=built.seconds,
+                )
+            )
+    record = EngineRecord(
+        target=target.name,
+        flavour=flavour.name,
+        version=flavour.version() or str(flavour.load(target.name).__version__),
+        capabilities=_capabilities(flavour, target),
+        execution=execution_of(target, precision),
+        attention="fused" if fused else "written out",
+        profiles=contract.profiles,
+        segments=tuple(records),
+    )
+    hashes = {name: (file.size, file.sha256) for name, file in files.items()}
+    write_layers(into, record, layers, hashes)
+    log(f"build: {_summary(record, spec)}")
+    return record, hashes
+
+
+def _lowered(graph: onnx.ModelProto, dialect: str) -> onnx.ModelProto:
+    return ir.to_proto(lower(ir.from_proto(graph), dialect)[0])
+
+
+def _reporter(what: str, log: Log) -> Callable[[str, int, int], None]:
+    start = time.monotonic()
+
+    def report(phase: str, done: int, steps: int) -> None:
+        log(f"build: {what}, {time.monotonic() - start:.0f} s: {phase} ({done} of {steps})")
+
+    return report
+
+
+def _tensors(values: Sequence[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:
+    return tuple(
+        TensorSpec(
+            value.name,
+            tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim),
+            _TORCH_NAMES[value.type.tensor_type.elem_type],
+        )
+        for value in values
+    )
+
+
+_TORCH_NAMES: Mapping[int, str] = {
+    onnx.TensorProto.FLOAT: "float32",
+    onnx.TensorProto.FLOAT16: "float16",
+    onnx.TensorProto.BFLOAT16: "bfloat16",
+}
+
+
+def _capabilities(flavour: Flavour, target: Target) -> tuple[str, ...]:
+    """As CUDA writes them: those named, or this machine's GPU's."""
+    if target.capabilities:
+        return tuple(flavour.capabilities[sm] for sm in target.capabilities)
+    import torch
+
+    return ("{}.{}".format(*torch.cuda.get_device_capability()),)
+
+
+def _summary(record: EngineRecord, spec: ModelSpec) -> str:
+    attentions = sum(b.attentions for b in spec.blocks)
+    fused = sum(record.fused_attentions.values())
+    fusion = f"{fused} of {attentions} attentions fused" if fused else f"{attentions} attentions written out"
+    seconds = sum(segment.seconds for segment in record.segments)
+    profiles = f", {len(record.profiles)} profiles" if len(record.profiles) > 1 else ""
+    return (
+        f"{record.target}: {record.nbytes / 1e9:.2f} GB, {record.kernels} kernels{profiles}, {fusion}, {seconds:.0f} s"
+    )

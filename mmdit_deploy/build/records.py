@@ -1,0 +1,157 @@
+"""What was built, as data: a TensorRT target's entry in the manifest."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mmdit_deploy.contract import Profile, TensorSpec, profile_from_json, profile_to_json
+
+
+@dataclass(frozen=True)
+class SegmentRecord:
+    """One engine file: a run of the model's calls.
+
+    Args:
+        file: relative to the bundle, e.g. ``engines/rtx-sm89/segment-0.engine``.
+        nbytes: its size.
+        calls: the model's calls that it makes, in order, e.g. ``("conditioning", …, "blocks.11")``.
+        inputs, outputs: its tensors. What is none of the contract's comes from, or goes to, another segment.
+        kernels_by_type, kernels_by_call: counted in its layer list.
+        fused_attentions: fused attention kernels by block.
+        seconds: that building it took.
+    """
+
+    file: str
+    nbytes: int
+    calls: tuple[str, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    kernels_by_type: Mapping[str, int]
+    kernels_by_call: Mapping[str, int]
+    fused_attentions: Mapping[str, int]
+    seconds: float
+
+    @property
+    def kernels(self) -> int:
+        return sum(self.kernels_by_type.values())
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "file": self.file,
+            "bytes": self.nbytes,
+            "calls": list(self.calls),
+            "inputs": [t.to_json() for t in self.inputs],
+            "outputs": [t.to_json() for t in self.outputs],
+            "kernels": {
+                "total": self.kernels,
+                "by_type": dict(self.kernels_by_type),
+                "by_call": dict(self.kernels_by_call),
+            },
+            "fused_attentions": dict(self.fused_attentions),
+            "seconds": round(self.seconds, 1),
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> SegmentRecord:
+        """Read what `to_json` wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is something else.
+        """
+        return SegmentRecord(
+            data["file"],
+            data["bytes"],
+            tuple(data["calls"]),
+            tuple(TensorSpec.from_json(t) for t in data["inputs"]),
+            tuple(TensorSpec.from_json(t) for t in data["outputs"]),
+            data["kernels"]["by_type"],
+            data["kernels"]["by_call"],
+            data["fused_attentions"],
+            data["seconds"],
+        )
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """One TensorRT target of a bundle: its engine files, which run as a chain, and what they fit.
+
+    Args:
+        target: e.g. ``rtx:sm89``.
+        flavour: ``TensorRT-RTX`` or ``TensorRT``.
+        version: of it; the engines run in no other.
+        capabilities: compute capabilities as CUDA writes them, e.g. ``("8.9",)``.
+        execution: how it computes, in words.
+        attention: ``fused``, or ``written out`` where the flavour has no fused kernel for the precision.
+        profiles: optimization profiles, each with a range by axis; the runtime takes the first that fits a call.
+        segments: in the order in which they run.
+    """
+
+    target: str
+    flavour: str
+    version: str
+    capabilities: tuple[str, ...]
+    execution: str
+    attention: str
+    profiles: tuple[Profile, ...]
+    segments: tuple[SegmentRecord, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(s.nbytes for s in self.segments)
+
+    @property
+    def kernels(self) -> int:
+        """Kernels of all segments; of several profiles, those of all together."""
+        return sum(s.kernels for s in self.segments)
+
+    @property
+    def kernels_by_type(self) -> Counter[str]:
+        return sum((Counter(s.kernels_by_type) for s in self.segments), Counter[str]())
+
+    @property
+    def kernels_by_call(self) -> Counter[str]:
+        return sum((Counter(s.kernels_by_call) for s in self.segments), Counter[str]())
+
+    @property
+    def fused_attentions(self) -> Counter[str]:
+        """Fused attention kernels by block, of one profile."""
+        return sum((Counter(s.fused_attentions) for s in self.segments), Counter[str]())
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "execution": self.execution,
+            "flavour": self.flavour,
+            "version": self.version,
+            "capabilities": list(self.capabilities),
+            "attention": self.attention,
+            "profiles": [profile_to_json(p) for p in self.profiles],
+            "bytes": self.nbytes,
+            "kernels": {
+                "total": self.kernels,
+                "by_type": dict(self.kernels_by_type),
+                "by_call": dict(self.kernels_by_call),
+            },
+            "fused_attentions": dict(self.fused_attentions),
+            "segments": [s.to_json() for s in self.segments],
+        }
+
+    @staticmethod
+    def from_json(target: str, data: Mapping[str, Any]) -> EngineRecord:
+        """Read what `to_json` wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is something else.
+        """
+        return EngineRecord(
+            target,
+            data["flavour"],
+            data["version"],
+            tuple(data["capabilities"]),
+            data["execution"],
+            data["attention"],
+            tuple(profile_from_json(p) for p in data["profiles"]),
+            tuple(SegmentRecord.from_json(s) for s in data["segments"]),
+        )

@@ -1,0 +1,104 @@
+"""What is in a bundle, as data: every byte is hashed, and what is said of its engines must be what was built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmdit_deploy.build import EngineRecord
+from mmdit_deploy.build.layers_file import read_record
+from mmdit_deploy.bundle import Bundle, open_bundle
+from mmdit_deploy.bundle.manifest import MANIFEST
+from mmdit_deploy.checkpoint.strict_json import parse_json_object
+from mmdit_deploy.errors import BundleError
+
+
+def describe_bundle(path: Path) -> dict[str, Any]:
+    """A bundle that was checked, every byte of it.
+
+    Raises:
+        BundleError: it is not whole, or not what its manifest says.
+    """
+    bundle = open_bundle(path)
+    _check_engines(bundle)
+    fields = bundle.manifest.fields
+    files = {name: record.size for name, record in sorted(bundle.manifest.files.items())}
+    return {
+        "kind": "bundle",
+        "path": str(bundle.path),
+        "name": bundle.name,
+        "precision": bundle.precision.name,
+        "weights": fields["weights"],
+        "spec": bundle.spec.to_json(),
+        "contract": bundle.contract.to_json(),
+        "engines": fields["engines"],
+        "verdicts": _verdicts(bundle),
+        "versions": _mapping(fields.get("versions")),
+        "files": files,
+        "bytes": sum(files.values()),
+    }
+
+
+def is_tensorrt(entry: Mapping[str, Any]) -> bool:
+    """Whether an engine's entry in a manifest is a TensorRT target's, which has engine files."""
+    return "segments" in entry or "flavour" in entry
+
+
+def _check_engines(bundle: Bundle) -> None:
+    """Check what a bundle's manifest says of its TensorRT targets, so that it can be counted with.
+
+    Raises:
+        BundleError: it is no record of a build, or of files that are not in the bundle.
+    """
+    manifest = bundle.path / MANIFEST
+    for target, entry in bundle.manifest.fields["engines"].items():
+        if is_tensorrt(entry):
+            _check_files(read_record(target, entry, str(manifest)), bundle, manifest)
+
+
+def _check_files(record: EngineRecord, bundle: Bundle, manifest: Path) -> None:
+    for segment in record.segments:
+        file = bundle.manifest.files.get(segment.file)
+        if file is None or file.size != segment.nbytes:
+            raise BundleError(
+                f"{manifest} lists the engine files of {ascii(record.target)[:80]} with the sizes in its record",
+                received=f"{ascii(segment.file)[:200]} of {segment.nbytes} bytes, listed with "
+                f"{file.size if file else 'none'}",
+                fix="copy the bundle again, or export it again",
+            )
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _verdicts(bundle: Bundle) -> list[dict[str, Any]]:
+    """Of each engine that was verified: the outcome, and the largest error that the tolerance binds."""
+    name = "parity.json"
+    if name not in bundle.manifest.files:
+        return []
+    again = "export the bundle again"
+    data = parse_json_object(bundle.file(name).read_bytes(), str(bundle.file(name)), again)
+    try:
+        return [_verdict(verdict) for verdict in data["verdicts"]]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise BundleError(
+            f"{bundle.file(name)} must hold the verdicts as this version writes them",
+            received=f"{type(error).__name__}: {error}",
+            fix=again,
+        ) from error
+
+
+def _verdict(verdict: dict[str, Any]) -> dict[str, Any]:
+    errors = [check["errors"]["rel_l2"] for check in verdict["checks"] if check["binding"]]
+    if not all(error is None or (type(error) in (int, float) and not abs(error) > 1e308) for error in errors):
+        raise TypeError("an error is a number or null")
+    return {
+        "target": verdict["target"],
+        "passed": verdict["passed"],
+        "checks": len(errors),
+        # null stands for NaN, which is worse than any figure
+        "worst_rel_l2": None if None in errors else max(errors, default=None),
+        "not_executed": list(verdict["not_executed"]),
+    }

@@ -1,0 +1,176 @@
+"""TensorRT engines, in words: what `mmdit-inspect` says of an engine file, and of a bundle's TensorRT targets."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import PurePosixPath
+from typing import Any
+
+from mmdit_deploy.build import EngineRecord
+from mmdit_deploy.build.layers import EngineLayer, kernels_by_call, kernels_by_type
+from mmdit_deploy.build.layers_file import FILE_NAME
+from mmdit_deploy.cli.plain import in_units, plain, shown_axes, titled
+
+_LISTED = 12  # kinds of kernel
+# Myelin's own names: the operations in the kernel, and a suffix for each kernel. Others are named after ONNX nodes.
+_GENERATED = re.compile(r"(__myl_\w+?|_gemm_mha_v2)(_myl\d+_\d+)?")
+
+
+def engine_file_text(data: dict[str, Any]) -> list[str]:
+    """Sections about one engine file.
+
+    Args:
+        data: what `describe_engine` gave.
+    """
+    record = EngineRecord.from_json(data["target"], data["engine"])
+    segment = record.segments[data["segment"]]
+    tensors = [
+        (role, tensor.name, shown_axes(tensor.axes), tensor.dtype)
+        for role, tensors in (("input", segment.inputs), ("output", segment.outputs))
+        for tensor in tensors
+    ]
+    layers = [EngineLayer.from_json(layer) for layer in data["layers"]]
+    plans = [[layer for layer in layers if layer.profile == i] for i in range(len(record.profiles))]
+    by_type = [kernels_by_type(plan) for plan in plans]
+    by_call = [kernels_by_call(plan, segment.calls) for plan in plans]
+    columns = [f"profile {i}" for i in range(len(plans))] if len(plans) > 1 else ["kernels"]
+    names = Counter(_operations(layer) for layer in layers if layer.is_kernel)
+    return [
+        f"engine {plain(data['path'])}: {in_units(segment.nbytes)}, the file that was built; read from its "
+        f"{FILE_NAME}, not deserialized",
+        titled(
+            "built",
+            [
+                ("target", record.target),
+                ("for", _built_for(record)),
+                ("execution", record.execution),
+                ("segment", f"{data['segment'] + 1} of {len(record.segments)}"),
+                ("calls", f"{_first_to_last(segment.calls)} ({len(segment.calls)})"),
+                ("in", f"{segment.seconds:.1f} s"),
+            ],
+        ),
+        titled("inputs and outputs", tensors),
+        profiles_text(data["engine"]["profiles"]),
+        titled(
+            "kernels by type",
+            [
+                ("type", *columns),
+                *(
+                    (kind, *(counts.get(kind, 0) for counts in by_type))
+                    for kind, _ in _by_type(segment.kernels_by_type)
+                ),
+                ("all", *(sum(counts.values()) for counts in by_type)),
+            ],
+        ),
+        titled(
+            "kernels by call, of each (a kernel of several calls counts for the one with most of its nodes)",
+            [
+                ("call", "calls", *columns, "fused attentions"),
+                *(
+                    (run.name, run.calls, *run.counts)
+                    for run in runs(segment.calls, *by_call, segment.fused_attentions)
+                ),
+            ],
+        ),
+        titled("most frequent kernels", names.most_common(_LISTED)),
+        f"layers: {len(layers)}, of which {sum(layer.is_kernel for layer in layers)} are kernels (--json lists all)",
+    ]
+
+
+def targets_text(records: Sequence[EngineRecord]) -> list[str]:
+    """A section about each TensorRT target of a bundle."""
+    return [_target(record) for record in records]
+
+
+def profiles_text(profiles: Sequence[Mapping[str, Sequence[int]]]) -> str:
+    """A table of optimization profiles; a call takes the first that fits it."""
+    rows = [(i, axis, *bounds) for i, profile in enumerate(profiles) for axis, bounds in profile.items()]
+    return titled("profiles", [("profile", "axis", "min", "opt", "max"), *rows])
+
+
+def _target(record: EngineRecord) -> str:
+    fused = record.fused_attentions
+    by_type = ", ".join(f"{kind} {count}" for kind, count in _by_type(record.kernels_by_type))
+    calls = [call for segment in record.segments for call in segment.calls]
+    by_call = ", ".join(
+        f"{run.name}: {run.counts[0]}{' each' if run.calls > 1 else ''}"
+        for run in runs(calls, record.kernels_by_call)
+        if run.counts[0]
+    )
+    # TensorRT compiles a plan for each profile
+    together = f" of {len(record.profiles)} profiles together" if len(record.profiles) > 1 else ""
+    facts = [
+        ("for", _built_for(record)),
+        ("attention", record.attention + (f", {fused.total()} kernels in {len(fused)} blocks" if fused else "")),
+        ("kernels", f"{record.kernels}{together}: {by_type}"),
+        ("by call", by_call),
+        *(
+            (f"profile {i}", ", ".join(f"{axis} {sizes}" for axis, sizes in profile.items()))
+            for i, profile in enumerate(record.profiles)
+        ),
+        *(
+            (
+                PurePosixPath(segment.file).name,
+                f"{in_units(segment.nbytes)}, {_first_to_last(segment.calls)}, built in {segment.seconds:.1f} s",
+            )
+            for segment in record.segments
+        ),
+    ]
+    return titled(f"engine {plain(record.target)}", facts)
+
+
+def _operations(layer: EngineLayer) -> str:
+    """What kernels of one kind share: ``__myl_FcAdd`` of ``__myl_FcAdd_myl0_12``, or their type."""
+    match = _GENERATED.fullmatch(layer.name)
+    return match[1] if match else f"{layer.type}, by another name"
+
+
+def _built_for(record: EngineRecord) -> str:
+    return f"{record.flavour} {record.version} and no other, compute capability {', '.join(record.capabilities)}"
+
+
+def _by_type(kernels: Mapping[str, int]) -> list[tuple[str, int]]:
+    """The most frequent first."""
+    return sorted(kernels.items(), key=lambda entry: (-entry[1], entry[0]))
+
+
+def _first_to_last(calls: Sequence[str]) -> str:
+    return calls[0] if len(calls) == 1 else f"{calls[0]} … {calls[-1]}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbours of one kind that are alike.
+
+    Args:
+        name: the first and the last, ``blocks.0 … blocks.22``.
+        calls: how many.
+        counts: of each.
+    """
+
+    name: str
+    calls: int
+    counts: tuple[int, ...]
+
+
+def runs(calls: Sequence[str], *by_call: Mapping[str, int]) -> list[Run]:
+    """Counts by call, in the model's order, with neighbours that are alike (``blocks.0`` to ``blocks.22``) as one.
+
+    Args:
+        calls: of the model, in order.
+        by_call: what is counted. What is none of the calls comes last; what has no count has none.
+    """
+    kinds: dict[str, list[str]] = {}
+    for call in dict.fromkeys([*calls, *(call for counts in by_call for call in counts)]):
+        kind = ".".join("*" if step.isdecimal() else step for step in call.split("."))
+        kinds.setdefault(kind, []).append(call)
+    found = []
+    for named in kinds.values():
+        for of_each, group in groupby(named, lambda call: tuple(counts.get(call, 0) for counts in by_call)):
+            alike = list(group)
+            found.append(Run(_first_to_last(alike), len(alike), of_each))
+    return found

@@ -1,0 +1,129 @@
+"""What `mmdit-inspect` says to people, section by section, of each kind of thing that it describes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmdit_deploy.build import EngineRecord
+from mmdit_deploy.cli.describe_bundle import is_tensorrt
+from mmdit_deploy.cli.engine_text import engine_file_text, profiles_text, targets_text
+from mmdit_deploy.cli.plain import in_units, plain, shown_axes, titled
+
+_LISTED = 40  # tensors of a file; --json has them all
+
+
+def text_of(data: dict[str, Any]) -> str:
+    """The text for people.
+
+    Args:
+        data: what `mmdit_deploy.cli.describe.describe` gave.
+    """
+    return "\n\n".join(section for section in _SECTIONS[data["kind"]](data) if section)
+
+
+def _bundle(data: dict[str, Any]) -> list[str]:
+    contract = data["contract"]
+    tensors = [
+        (role, tensor["name"], shown_axes(tensor["axes"]), tensor["dtype"])
+        for role, tensors in (("input", contract["inputs"]), ("output", contract["outputs"]))
+        for tensor in tensors
+    ]
+    ranges = [(axis, *sizes) for axis, sizes in contract["ranges"].items()]
+    engines = [(name, e["graph"], e.get("execution", "")) for name, e in data["engines"].items()]
+    records = [EngineRecord.from_json(name, e) for name, e in data["engines"].items() if is_tensorrt(e)]
+    return [
+        f"bundle {plain(data['path'])}: {plain(data['name'])}, {data['precision']}, {in_units(data['bytes'])}, "
+        "every byte as it was written",
+        f"weights: {plain(data['weights']['origin'])}",
+        _spec(data["spec"]),
+        titled("contract", tensors),
+        titled("ranges", [("axis", "min", "opt", "max"), *ranges]),
+        profiles_text(contract["profiles"]) if len(contract["profiles"]) > 1 else "",
+        titled("engines", engines) or "engines: none",
+        *targets_text(records),
+        "\n".join(_verdict(verdict) for verdict in data["verdicts"]) or "parity: not verified when it was exported",
+        titled("versions", list(data["versions"].items())),
+        titled("files", [(name, in_units(nbytes)) for name, nbytes in data["files"].items()]),
+    ]
+
+
+def _verdict(verdict: dict[str, Any]) -> str:
+    worst = verdict["worst_rel_l2"]
+    figure = "NaN" if worst is None else f"{worst:.2e}"
+    outcome = "PASS" if verdict["passed"] else "NOT PASSED"
+    target, checks = plain(verdict["target"]), verdict["checks"]
+    line = f"parity: {outcome} on {target}, {checks} checks, largest rel-L2 {figure}"
+    return "\n".join([line, *(f"  not executed: {plain(item)}" for item in verdict["not_executed"])])
+
+
+def _checkpoint(data: dict[str, Any]) -> list[str]:
+    parts = [
+        (part, f"{p['parameters']:,}", f"{p['share']:.1%}", in_units(p["bytes"])) for part, p in data["parts"].items()
+    ]
+    total = ("all", f"{data['parameters']:,}", "", in_units(sum(p["bytes"] for p in data["parts"].values())))
+    return [
+        f"checkpoint {plain(data['path'])}: {plain(data['class'])}, {data['parameters']:,} parameters, "
+        f"{in_units(data['bytes'])}",
+        _spec(data["spec"]),
+        titled("parameters", [("part", "count", "share", "size"), *parts, total]),
+        _dtypes(data),
+        titled("files", [(name, in_units(nbytes)) for name, nbytes in data["files"].items()]),
+    ]
+
+
+def _onnx(data: dict[str, Any]) -> list[str]:
+    opsets = ", ".join(f"{plain(domain)} {version}" for domain, version in data["opsets"].items())
+    ios = [
+        (role, tensor["name"], shown_axes(tensor["axes"]), tensor["dtype"])
+        for role in ("inputs", "outputs")
+        for tensor in data[role]
+    ]
+    external = [
+        (f["location"], f"{f['tensors']} tensors", in_units(f["bytes"]), "" if f["found"] else "NOT FOUND")
+        for f in data["external"]
+    ]
+    functions = [(name, f"{nodes} nodes") for name, nodes in data["functions"].items()]
+    return [
+        f"ONNX model {plain(data['path'])}: {in_units(data['bytes'])}, {data['nodes']} nodes, opset {opsets}, "
+        f"IR version {data['ir_version']}, by {plain(data['producer']) or 'unknown'}",
+        titled("inputs and outputs", ios),
+        titled("functions", functions),
+        titled("executed nodes", list(data["ops"].items())),
+        f"weights: {data['initializers']} initializers, {in_units(data['inline_bytes'])} in the file",
+        titled("weights beside it", external),
+    ]
+
+
+def _safetensors(data: dict[str, Any]) -> list[str]:
+    rows = [
+        (key, tensor["dtype"], tensor["shape"], in_units(tensor["bytes"]))
+        for key, tensor in list(data["tensors"].items())[:_LISTED]
+    ]
+    more = len(data["tensors"]) - len(rows)
+    listing = titled("tensors", rows) + (f"\n  and {more} more (--json lists all)" if more else "")
+    metadata = [(key, value[:100]) for key, value in data["metadata"].items()]
+    return [
+        f"safetensors file {plain(data['path'])}: {in_units(data['bytes'])}, {len(data['tensors'])} tensors, "
+        f"{data['parameters']:,} values",
+        _dtypes(data),
+        titled("metadata", metadata),
+        listing,
+    ]
+
+
+def _dtypes(data: dict[str, Any]) -> str:
+    rows = [(name, f"{entry['tensors']} tensors", in_units(entry["bytes"])) for name, entry in data["dtypes"].items()]
+    return titled("dtypes", rows)
+
+
+def _spec(spec: dict[str, Any]) -> str:
+    return titled("spec", [(field, value) for field, value in spec.items() if value not in ([], ())])
+
+
+_SECTIONS = {
+    "bundle": _bundle,
+    "checkpoint": _checkpoint,
+    "engine": engine_file_text,
+    "onnx": _onnx,
+    "safetensors": _safetensors,
+}

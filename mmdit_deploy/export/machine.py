@@ -1,0 +1,71 @@
+"""What this machine can build and run."""
+
+from __future__ import annotations
+
+import torch
+
+from mmdit_deploy.build import RTX, TENSORRT, Target
+from mmdit_deploy.errors import MachineError, MissingPackageError
+from mmdit_deploy.runtime.ort import import_onnxruntime
+
+
+def default_targets() -> tuple[str, ...]:
+    """The engines to build where none is named.
+
+    Without a GPU ``ort-cpu``, and ``rtx:sm89`` ahead of time; with one, ``ort-cuda`` and the TensorRT that fits it.
+    What is not installed is left out.
+    """
+    names: list[str] = []
+    if torch.cuda.is_available():
+        if _runs("CUDAExecutionProvider"):
+            names.append("ort-cuda")
+        sm = "sm{}{}".format(*torch.cuda.get_device_capability())
+        if sm in RTX.capabilities and RTX.version():
+            names.append(f"rtx:{sm}")
+        elif TENSORRT.version():
+            names.append("trt")
+    else:
+        names += ["ort-cpu", "rtx:sm89"] if RTX.version() else ["ort-cpu"]
+    return tuple(names or ["ort-cpu"])
+
+
+def _runs(provider: str) -> bool:
+    try:
+        return provider in import_onnxruntime("ort-cuda").get_available_providers()
+    except MissingPackageError:
+        return False
+
+
+def check_builds_here(target: Target) -> None:
+    """Say what is missing before gigabytes are written, not after.
+
+    Raises:
+        MissingPackageError: the target's TensorRT is not installed.
+        MachineError: it is built on the machine that runs it, and this one has no GPU.
+    """
+    if target.flavour is None:
+        return
+    target.flavour.load(f"the target {target.name}")
+    if not target.capabilities and not torch.cuda.is_available():
+        raise MachineError(
+            f"the target {target.name} is built on a machine with the GPU that will run it",
+            received="torch finds no GPU here",
+            fix="--target rtx:sm89 (or another compute capability) builds ahead of time",
+        )
+
+
+def check_verifies_here(target: Target) -> None:
+    """Verification runs an ONNX Runtime target's engine, and of a TensorRT target at least the graph on the CPU.
+
+    Raises:
+        MissingPackageError: ONNX Runtime is not installed.
+        MachineError: it has not the provider.
+    """
+    provider = target.provider or "CPUExecutionProvider"
+    available = import_onnxruntime(target.name if target.provider else "ort-cpu").get_available_providers()
+    if provider not in available:
+        raise MachineError(
+            f"verifying the target {target.name} runs it on ONNX Runtime's {provider}",
+            received=f"this installation has {', '.join(available)}",
+            fix="export where it runs (pip install 'mmdit-deploy[gpu]'), or add --no-verify",
+        )

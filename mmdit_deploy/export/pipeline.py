@@ -1,0 +1,204 @@
+"""The export itself: graphs, weights, engines, verification, manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import torch
+
+from mmdit_deploy.build import EngineRecord, Target, dialect_of, stepped_dialect_of
+from mmdit_deploy.build.engines import build_target
+from mmdit_deploy.bundle import check_destination, staged_bundle, write_manifest
+from mmdit_deploy.checkpoint import write_safetensors
+from mmdit_deploy.checkpoint.weights import RandomWeights, stream_parts, weights_layout
+from mmdit_deploy.contract import Contract
+from mmdit_deploy.errors import ParityError
+from mmdit_deploy.export.machine import check_builds_here, check_verifies_here
+from mmdit_deploy.export.manifest import STANDARD, WEIGHTS, graph_file, manifest_fields, write_reports
+from mmdit_deploy.export.request import ExportRequest
+from mmdit_deploy.graph.pipeline import Graphs, build_graphs
+from mmdit_deploy.model import calls
+from mmdit_deploy.model.partition import call_bytes, partition
+from mmdit_deploy.preflight import Plan, check_plan, make_plan
+from mmdit_deploy.report import verdict_text
+from mmdit_deploy.report.words import bounds, breaches
+from mmdit_deploy.verify import EngineUnderTest, ReferenceRecorder, Verdict, default_cases, verify_against_weights
+from mmdit_deploy.verify.reference import FILE_NAME as REFERENCE
+from mmdit_deploy.verify.reference import MAX_BYTES
+
+Log = Callable[[str], None]
+
+
+def preflight(request: ExportRequest) -> Plan:
+    """Check arguments, packages, memory and disk, and say what the export needs. Nothing is written.
+
+    Raises:
+        MMDiTError: what the request breaks, or this machine lacks.
+    """
+    targets, contract = request.check()
+    check_destination(request.directory, force=request.force)
+    if not request.graph_only:
+        for target in targets:
+            check_builds_here(target)
+            if request.verify:
+                check_verifies_here(target)
+    plan = make_plan(
+        request.spec,
+        request.precision,
+        contract,
+        targets,
+        from_checkpoint=not isinstance(request.source, RandomWeights),
+        segments=request.segments,
+        verify=request.verify,
+        thorough=request.thorough,
+        graph_only=request.graph_only,
+    )
+    check_plan(plan, request.directory)
+    return plan
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A bundle on the disk.
+
+    Args:
+        engines: of the TensorRT targets, by name.
+        verdicts: on its engines; none with `verify` or `graph_only` off.
+    """
+
+    path: Path
+    graphs: Graphs
+    engines: Mapping[str, EngineRecord]
+    verdicts: tuple[Verdict, ...]
+
+
+def export(request: ExportRequest, log: Log = lambda _: None) -> ExportResult:
+    """Build a bundle, verify it, and put it in its place: whole or not at all.
+
+    Args:
+        log: gets a line for people as each stage begins or ends.
+
+    Raises:
+        ParityError: an engine is out of tolerance; no bundle is left.
+        MMDiTError: anything else that the request or this machine does not allow.
+    """
+    plan = preflight(request)
+    spec, precision = request.spec, request.precision
+    targets, contract = request.check()
+    layout = weights_layout(spec, getattr(torch, precision.dtype), {"format": "pt"})
+    if isinstance(request.source, RandomWeights):
+        log(f"weights: {request.source.description} — no checkpoint was given")
+    with staged_bundle(request.directory, force=request.force) as folder:
+        shipped = dict.fromkeys(dialect_of(target, precision) for target in targets)
+        stepped = dict.fromkeys(stepped_dialect_of(target, precision) for target in targets)
+        graphs = build_graphs(
+            spec, contract, precision, layout, dialects=tuple({**shipped, **stepped}), outputs=request.outputs
+        )
+        onnx.save(graphs.standard, folder / STANDARD)
+        for dialect in shipped:
+            onnx.save(graphs.lowered[dialect], folder / graph_file(dialect))
+        stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in graphs.seconds.items())
+        log(f"graph: {len(graphs.kinds)} kinds of call traced ({stages})")
+
+        hashes: dict[str, tuple[int, str]] = {}
+        records: dict[str, EngineRecord] = {}
+        verdicts: tuple[Verdict, ...] = ()
+        if not request.graph_only:
+            log(f"weights: writing {layout.total_bytes / 1e9:.2f} GB as {precision.name}")
+            source = stream_parts(spec, request.source, getattr(torch, precision.dtype))
+            written = write_safetensors(folder / WEIGHTS, layout, source)
+            hashes[WEIGHTS] = (written.size, written.sha256)
+            for target in targets:
+                if target.flavour is not None:
+                    segments = partition(calls(spec), call_bytes(spec, precision), plan.segments[target.name])
+                    records[target.name], files = build_target(
+                        target, spec, precision, contract, graphs.standard, folder, segments, log
+                    )
+                    hashes |= files
+            if request.verify:
+                verdicts = _verify(request, contract, folder, graphs, targets, records, log)
+        fields = manifest_fields(request, contract, graphs, targets, records, verdicts)
+        write_reports(folder, fields, verdicts)
+        write_manifest(folder, fields, hashes)
+    return ExportResult(request.directory, graphs, records, verdicts)
+
+
+def _verify(
+    request: ExportRequest,
+    contract: Contract,
+    folder: Path,
+    graphs: Graphs,
+    targets: Sequence[Target],
+    records: Mapping[str, EngineRecord],
+    log: Log,
+) -> tuple[Verdict, ...]:
+    """Verify every target and record the reference; the verdicts in the order of the targets."""
+    cases = default_cases(contract, thorough=request.thorough)
+    recorder = ReferenceRecorder(cases)
+    engines = [
+        EngineUnderTest(
+            name=request.directory.name,
+            target=target,
+            spec=request.spec,
+            contract=contract,
+            precision=request.precision,
+            graph=graphs.of(stepped_dialect_of(target, request.precision)),
+            folder=folder,
+            files=_engine_files(target, request, folder, records),
+            record=records.get(target.name),
+            outputs=request.outputs,
+        )
+        for target in targets
+    ]
+    # ONNX Runtime's engines are stepped through, each in full. TensorRT's cannot be: their graph is, once per kind of
+    # call beside the first of the others, or in full where there is no other.
+    full = [engine for engine in engines if engine.target.flavour is None] or engines[:1]
+    beside = [engine for engine in engines if engine not in full]
+    verdicts: dict[str, Verdict] = {}
+    for engine in full:
+        log(f"verify: {engine.target.name}, {len(cases)} cases")
+        made = verify_against_weights(
+            engine,
+            request.source,
+            cases,
+            beside=() if verdicts else beside,
+            record=None if verdicts else recorder,  # the reference is the same for every engine
+            progress=lambda name, i, n: log(f"verify: {name} ({i + 1} of {n})"),
+        )
+        for verdict in made:
+            verdicts[verdict.target] = verdict
+            log(verdict_text(verdict))
+    _refuse_failures(tuple(verdicts.values()))
+    kept = recorder.write(folder)
+    if kept < len(cases):
+        log(f"{REFERENCE}: {kept} of {len(cases)} cases fit into its {MAX_BYTES >> 20} MiB")
+    return tuple(verdicts[target.name] for target in targets)
+
+
+def _engine_files(
+    target: Target, request: ExportRequest, folder: Path, records: Mapping[str, EngineRecord]
+) -> tuple[Path, ...]:
+    if target.name in records:
+        return tuple(folder / segment.file for segment in records[target.name].segments)
+    return (folder / graph_file(dialect_of(target, request.precision)),)
+
+
+_MORE_PRECISE = {
+    "fp16": "--bf16 has more range, --fp32 more of both",
+    "bf16": "--fp16 has more digits, --fp32 more of both",
+    "fp32": "report this as a bug",
+}
+
+
+def _refuse_failures(verdicts: Sequence[Verdict]) -> None:
+    for verdict in verdicts:
+        failure = verdict.first_failure
+        if failure is not None:
+            raise ParityError(
+                f"{verdict.target} must compute the eager model within tolerance: {bounds(verdict.tolerance)}",
+                received=f"{failure.name} ({failure.level}): {breaches(failure, verdict.tolerance)}; {failure.case}",
+                fix=f"{_MORE_PRECISE[verdict.precision]}; --no-verify writes the bundle all the same, unproven",
+            )

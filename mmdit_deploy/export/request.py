@@ -1,0 +1,81 @@
+"""What is exported, and the checks that cost nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mmdit_deploy.build import Target, check_targets
+from mmdit_deploy.checkpoint.weights import WeightSource
+from mmdit_deploy.contract import Contract, Profile, Range
+from mmdit_deploy.errors import UsageError
+from mmdit_deploy.spec import ModelSpec, Precision
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What to export, and where to.
+
+    Args:
+        spec: the architecture.
+        source: its weights.
+        precision: the compute type.
+        targets: engines to build, e.g. ``("ort-cpu", "rtx:sm89")``.
+        out: the bundle's directory; by default ``dist/<name>-<precision>``.
+        ranges: by axis; the contract's defaults where not given.
+        profiles: TensorRT's optimization profiles, by axis; by default one that spans the ranges.
+        segments: engines that a TensorRT target is cut into; None for as few as fit into memory.
+        outputs: block outputs to expose, e.g. ``("blocks.12",)``.
+        recipe: name of the recipe that the arguments came from.
+        force: replace an existing bundle.
+        verify: compare the engines with the eager model; without, the bundle says that it was not verified.
+        thorough: verify more and larger shapes.
+        graph_only: stop at the graphs; no weights are written, nothing can run.
+    """
+
+    spec: ModelSpec
+    source: WeightSource
+    precision: Precision
+    targets: Sequence[str] = ("ort-cpu",)
+    out: Path | None = None
+    ranges: Mapping[str, Range] = field(default_factory=dict)
+    profiles: Sequence[Profile] = ()
+    segments: int | None = None
+    outputs: tuple[str, ...] = ()
+    recipe: str | None = None
+    force: bool = False
+    verify: bool = True
+    thorough: bool = False
+    graph_only: bool = False
+
+    @property
+    def directory(self) -> Path:
+        """Where the bundle goes."""
+        suffix = "-graph" if self.graph_only else ""
+        return self.out or Path("dist") / f"{self.spec.name}-{self.precision.name}{suffix}"
+
+    def check(self) -> tuple[tuple[Target, ...], Contract]:
+        """The targets and the contract, after the checks that the request alone decides.
+
+        Raises:
+            UsageError: the request contradicts itself, or names something that does not exist.
+        """
+        blocks = [f"blocks.{i}" for i in range(self.spec.depth)]
+        if len(set(self.outputs)) < len(self.outputs) or not set(self.outputs) <= set(blocks):
+            raise UsageError(
+                f"outputs are named {blocks[0]} to {blocks[-1]}, each once",
+                received=", ".join(ascii(name) for name in self.outputs),
+                fix="name blocks of this model",
+            )
+        targets = check_targets(self.targets, self.precision)
+        if self.profiles and not any(target.flavour for target in targets):
+            raise UsageError(
+                "optimization profiles are TensorRT's",
+                received=f"--profile with {', '.join(target.name for target in targets)}",
+                fix="drop it, or add a TensorRT target, e.g. --target rtx:sm89",
+            )
+        contract = Contract.of(
+            self.spec, self.precision, self.ranges, outputs=self.outputs, profiles=self.profiles
+        )
+        return targets, contract

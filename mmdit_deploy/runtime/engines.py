@@ -1,0 +1,149 @@
+"""The engines that a bundle has: their files, and which of them this machine can run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmdit_deploy.build import EngineRecord, Target, parse_target
+from mmdit_deploy.bundle import Bundle
+from mmdit_deploy.contract import Contract
+from mmdit_deploy.errors import BundleError, MachineError, MissingPackageError, MMDiTError, UsageError
+from mmdit_deploy.runtime.fit import check_runs_here
+from mmdit_deploy.runtime.ort import check_provider
+
+
+def engine_graph(bundle: Bundle, target: str) -> Path:
+    """The graph file of a bundle's engine: what ONNX Runtime runs, and what a TensorRT engine was built from.
+
+    Raises:
+        BundleError: the bundle has no engines.
+        UsageError: there is no such target.
+        MachineError: the bundle lacks the target's engine.
+    """
+    return bundle.file(_entry(bundle, parse_target(target))["graph"])
+
+
+def engine_files(bundle: Bundle, target: str) -> tuple[EngineRecord, list[Path]]:
+    """What was built for a TensorRT target, and its engine files, in the order in which they run.
+
+    Raises:
+        BundleError: the bundle has no engines, or the manifest's record of this one is broken.
+        UsageError: there is no such target, or it is none of a TensorRT.
+        MachineError: the bundle lacks the target's engine.
+    """
+    parsed = parse_target(target)
+    entry = _entry(bundle, parsed)
+    if parsed.flavour is None:
+        raise UsageError(
+            "engine files are TensorRT's",
+            received=f"{target}, which runs {entry['graph']}",
+            fix="name a TensorRT target",
+        )
+    try:
+        record = EngineRecord.from_json(parsed.name, entry)
+        _check_record(record, parsed, bundle.contract)
+        return record, [bundle.file(segment.file) for segment in record.segments]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # other JSON than we write
+        said = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise BundleError(
+            f"the manifest's record of {parsed.name} is as mmdit-export writes it",
+            received=f"{bundle.name}: {said}",
+            fix="copy the bundle again, or export it again",
+        ) from error
+
+
+def runnable_target(bundle: Bundle) -> str:
+    """The engine of the bundle that this machine can run: a TensorRT that fits its GPU, then ONNX Runtime there, then
+    on the CPU.
+
+    Raises:
+        BundleError: the bundle has no engines.
+        MissingPackageError: none of its engines runs here, and one would with a package.
+        MachineError: none of its engines runs here.
+    """
+    refusals: dict[str, MMDiTError] = {}
+    for name in sorted(_engines(bundle), key=_preference):  # in the bundle's order among equals
+        try:
+            check_runnable(bundle, name)
+        except (MachineError, UsageError) as error:  # a later version may know more targets
+            refusals[name] = error
+        else:
+            return name
+    for refusal in refusals.values():
+        if isinstance(refusal, MissingPackageError):
+            raise refusal
+    raise MachineError(
+        f"a bundle needs an engine that this machine can run, and {bundle.name} has {', '.join(refusals)}",
+        received="; ".join(f"{name}: {refusal.received}" for name, refusal in refusals.items()),
+        fix="export it with --target ort-cpu, or: "
+        + "; or: ".join(dict.fromkeys(str(refusal.fix) for refusal in refusals.values())),
+    )
+
+
+def check_runnable(bundle: Bundle, target: str) -> None:
+    """Check that a bundle has a target's engine, and that it runs here; nothing is deserialized.
+
+    Raises:
+        BundleError: the bundle has no engines, or its record of this one is broken.
+        UsageError: there is no such target.
+        MissingPackageError: the runtime is not installed.
+        MachineError: the bundle lacks the engine, or it cannot run here.
+    """
+    parsed = parse_target(target)
+    if parsed.flavour is None:
+        engine_graph(bundle, target)
+        check_provider(parsed)
+    else:
+        check_runs_here(engine_files(bundle, target)[0], parsed)
+
+
+def _entry(bundle: Bundle, target: Target) -> Mapping[str, Any]:
+    engines = _engines(bundle)
+    if target.name not in engines:
+        raise MachineError(
+            f"the bundle {bundle.name} has engines for {', '.join(engines)}",
+            received=target.name,
+            fix=f"mmdit-export … --target {target.name}",
+        )
+    return engines[target.name]
+
+
+def _engines(bundle: Bundle) -> Mapping[str, Mapping[str, Any]]:
+    engines: Mapping[str, Mapping[str, Any]] = bundle.manifest.fields["engines"]
+    if not engines:
+        raise BundleError(
+            "only an engine can be run",
+            received=f"{bundle.name}, a bundle of graphs alone (--graph-only)",
+            fix="export it without --graph-only",
+        )
+    return engines
+
+
+def _preference(name: str) -> int:
+    return 2 if name == "ort-cpu" else 1 if name == "ort-cuda" else 0
+
+
+def _check_record(record: EngineRecord, target: Target, contract: Contract) -> None:
+    """That the segments are a chain from the contract's inputs to its outputs: addresses are taken by these names.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if target.flavour is None or record.flavour != target.flavour.name:
+        raise ValueError(f"an engine of {record.flavour}")
+    if not record.segments or not record.profiles or not all(set(p) >= set(contract.ranges) for p in record.profiles):
+        raise ValueError("no segments, or no profiles with a range for each axis")
+    known = {spec.name: spec for spec in contract.inputs}
+    for segment in record.segments:
+        for spec in segment.inputs:
+            if known.get(spec.name) != spec:
+                raise ValueError(f"{segment.file} reads {spec.name}, which nothing before it writes so")
+        for spec in segment.outputs:
+            if spec.name in known:
+                raise ValueError(f"{segment.file} writes {spec.name} again")
+            known[spec.name] = spec
+    for spec in contract.outputs:
+        if known.get(spec.name) != spec:
+            raise ValueError(f"no segment writes {spec.name} as the contract has it")
