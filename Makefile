@@ -6,7 +6,7 @@ VENV = .venv
 BIN = $(VENV)/bin
 
 help:
-	@echo 'make export   set up, then export the 2 B model of the SD3 paper (random weights) to a bundle in dist/'
+	@echo 'make export   set up, then export the 2 B model of the SD3 paper (random weights): a bundle with engines in dist/'
 	@echo 'make test     set up, then check style, layers and types, and run the whole test suite'
 	@echo 'make lint     set up, then check style, layers and types'
 	@echo 'make soak     set up, then run the long tests; the result goes to bench/results/soak.txt'
@@ -34,7 +34,7 @@ setup:
 	    $(PYTHON) -m venv --clear $(VENV) || exit 1; \
 	fi; \
 	touch $(VENV)/.incomplete; rm -f $(VENV)/.complete; \
-	$(BIN)/python -m pip install "$$(grep '^torch==' constraints.txt)" -c constraints.txt -e '.[cpu,dev]' \
+	$(BIN)/python -m pip install "$$(grep '^torch==' constraints.txt)" -c constraints.txt -e '.[cpu,rtx,dev]' \
 	    || exit 1; \
 	echo "$$want" > $(VENV)/.complete; rm -f $(VENV)/.incomplete
 

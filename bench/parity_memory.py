@@ -18,6 +18,7 @@ from pathlib import Path
 
 from measure import run_job, write_result
 
+CPU = ("--target", "ort-cpu")  # no TensorRT engine besides
 COMMAND = "import sys; from mmdit_deploy.cli.{0} import main; sys.exit(main(sys.argv[1:]))"
 
 
@@ -29,7 +30,7 @@ def main() -> None:
     bundle = args.work / "parity"
     export = [sys.executable, "-c", COMMAND.format("export")]
     verify = [sys.executable, "-c", COMMAND.format("verify"), bundle, "--full", "--json"]
-    run_job([*export, "--depth", str(args.depth), "--fp16", "--no-verify", "--force", "-o", bundle])
+    run_job([*export, "--depth", str(args.depth), "--fp16", *CPU, "--no-verify", "--force", "-o", bundle])
     try:
         streaming = run_job([*verify, "--blocks-only"])
         whole = run_job(verify)
@@ -39,7 +40,7 @@ def main() -> None:
     worst = max(c["errors"]["rel_l2"] for c in verdict["checks"] if c["binding"])
     weights = (
         4
-        * json.loads(run_job([*export, "--depth", str(args.depth), "--dry-run", "--json"]).output)[
+        * json.loads(run_job([*export, "--depth", str(args.depth), *CPU, "--dry-run", "--json"]).output)[
             "parameters"
         ]
     )

@@ -35,7 +35,7 @@ class WrittenFile:
 
 
 class HashedFile:
-    """A context manager: leaving it syncs the file, or removes it if an error got out.
+    """A context manager: leaving it closes the file, or removes it if an error got out. A bundle is synced as a whole.
 
     SHA-256 runs in a thread of its own (hashlib lets go of the interpreter lock), so that the pass costs no more than
     the slower of writing and hashing.
@@ -79,7 +79,6 @@ class HashedFile:
         try:
             try:
                 if error is None:
-                    os.fsync(self._fd)
                     self._written = WrittenFile(self.path, self._size, self._hash.finish())
             finally:
                 self._hash.finish()

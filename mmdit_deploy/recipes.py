@@ -147,7 +147,7 @@ def _ranges(value: Any, where: str) -> dict[str, Range]:
 
 def _profiles(value: Any, where: str) -> tuple[Profile, ...]:
     if not isinstance(value, list) or not value or not all(isinstance(p, str) for p in value):
-        raise _wrong(where, "a list of profiles", value, '["batch=1,img_tokens=1024:4096:4096"]')
+        raise _wrong(where, "a list of profiles", value, '["batch=2,img_tokens=1024:4096:4096"]')
     return tuple(map(parse_profile, value))
 
 

@@ -107,8 +107,15 @@ def graphs_of() -> Callable[..., Graphs]:
 
 
 @pytest.fixture(scope="session")
+def tensorrt_rtx() -> Any:
+    """The module of TensorRT-RTX; tests that build engines are skipped where it is missing."""
+    reason = "TensorRT-RTX is not installed: pip install 'mmdit-deploy[rtx]'"
+    return pytest.importorskip("tensorrt_rtx", reason=reason, exc_type=ImportError)
+
+
+@pytest.fixture(scope="session")
 def traced_once(graphs_of: Callable[..., Graphs]) -> Callable[[], contextlib.AbstractContextManager[object]]:
-    """A context in which exports take graphs that the session has traced already: ``with traced_once(): …``."""
+    """A context in which exports take graphs that the session has traced already."""
 
     def build(
         spec: ModelSpec,

@@ -15,7 +15,7 @@ from mmdit_deploy.bundle import open_bundle
 from mmdit_deploy.checkpoint.weights import RandomWeights
 from mmdit_deploy.contract import Range
 from mmdit_deploy.errors import BundleError, MachineError, ParityError, UsageError
-from mmdit_deploy.export import ExportRequest, default_targets, export, pipeline, preflight, versions
+from mmdit_deploy.export import ExportRequest, export, pipeline, preflight, versions
 from mmdit_deploy.spec import PRECISIONS, ModelSpec, from_depth, preset
 from mmdit_deploy.verification import verify_bundle
 

@@ -98,18 +98,20 @@ def test_half_the_model_takes_half_the_memory() -> None:
 
 
 def test_the_build_that_was_measured() -> None:
-    """24 joint blocks in fp16 in one piece: 6.85 GB for the build, and the process."""
+    """24 joint blocks in fp16 in one piece: 5.7 GB were measured, and there is some room."""
     stage = build_of(plan_of(spec=from_depth(24), segments=1))
-    assert stage.memory_bytes / 1e9 == pytest.approx(6.85 + 0.5, rel=0.01)
+    assert 5.7 < stage.memory_bytes / 1e9 < 6.4
     assert stage.mapped_bytes / 1e9 == pytest.approx(4.06, rel=0.01)
     assert stage.disk_bytes / 1e9 == pytest.approx(4.14, rel=0.01)
 
 
-def test_one_piece_of_8_billion_does_not_fit_24_gib(tmp_path: Path) -> None:
-    error = refusal(plan_of(segments=1), tmp_path / "b")
-    assert "build rtx:sm89 (1 segment) needs 27." in str(error.received)
-    assert "25.77 GB are available" in str(error.received)
-    assert str(error.fix).startswith("--segments 2")
+def test_one_piece_of_8_billion_does_not_fit_24_gib_comfortably(tmp_path: Path) -> None:
+    (warning,) = plan_of(segments=1).warnings
+    assert warning.startswith("build rtx:sm89 (1 segment): 23.") and "25.77 GB" in warning
+    error = refusal(plan_of(segments=1, memory=22 * 10**9), tmp_path / "b")
+    assert "build rtx:sm89 (1 segment) needs 23." in str(error.received)
+    assert "22.00 GB are available" in str(error.received)
+    assert str(error.fix).startswith("--segments 3")
     check_plan(plan_of(segments=2), tmp_path / "b")
 
 
@@ -131,7 +133,7 @@ def test_mapped_weights_that_do_not_fit_are_a_warning_and_no_refusal(tmp_path: P
     plan = plan_of(spec=from_depth(24), memory=9 * 10**9, segments=1)
     check_plan(plan, tmp_path / "b")
     (warning,) = plan.warnings
-    assert warning.startswith("build rtx:sm89 (1 segment): 7.3") and "more than once" in warning
+    assert warning.startswith("build rtx:sm89 (1 segment): 6.3") and "more than once" in warning
     assert f"warning: {warning}" in plan.text()
 
 

@@ -12,15 +12,18 @@ import onnx_ir as ir
 from mmdit_deploy.build.build_log import BuildLog
 from mmdit_deploy.build.engine_builder import build_engine
 from mmdit_deploy.build.flavours import Flavour
-from mmdit_deploy.build.gate import check_fusion, implied_by_call
+from mmdit_deploy.build.gate import check_fusion
 from mmdit_deploy.build.layers import EngineLayer, kernels_by_call, kernels_by_type
 from mmdit_deploy.build.layers_file import write_layers
 from mmdit_deploy.build.progress import BuildProgress
 from mmdit_deploy.build.records import EngineRecord, SegmentRecord
 from mmdit_deploy.build.targets import Target, dialect_of, execution_of
 from mmdit_deploy.contract import Contract, TensorSpec
+from mmdit_deploy.errors import GraphError
+from mmdit_deploy.graph.census import implied_by_call
 from mmdit_deploy.graph.extract import extract_segment
 from mmdit_deploy.graph.lower import lower
+from mmdit_deploy.graph.lower.batched_modulation import batched_modulation
 from mmdit_deploy.hashed_file import WrittenFile
 from mmdit_deploy.spec import ModelSpec, Precision
 
@@ -70,7 +73,7 @@ def build_target(
             what = target.name if len(segments) == 1 else f"{target.name} segment {i + 1} of {len(segments)}"
             log(f"build: {what}, {calls[0]} to {calls[-1]}")
             build_log.begin(what)
-            graph = _lowered(extract_segment(standard, calls, f"{spec.name}.{i}"), dialect_of(target, precision))
+            graph = _lowered(extract_segment(standard, calls, f"{spec.name}.{i}"), dialect_of(target, precision), calls)
             file = f"{target.folder}/segment-{i}.engine"
             built = build_engine(
                 flavour,
@@ -121,8 +124,17 @@ def build_target(
     return record, hashes
 
 
-def _lowered(graph: onnx.ModelProto, dialect: str) -> onnx.ModelProto:
-    return ir.to_proto(lower(ir.from_proto(graph), dialect)[0])
+def _lowered(graph: onnx.ModelProto, dialect: str, calls: Sequence[str]) -> onnx.ModelProto:
+    lowered, results = lower(ir.from_proto(graph), dialect)
+    modulations = sum(call.split(".")[0] in ("modulations", "final_modulation") for call in calls)
+    batched = {result.name: result.count for result in results}[batched_modulation.name]
+    if modulations > 1 and batched != modulations:
+        raise GraphError(
+            f"{graph.graph.name} has one product for all of its {modulations} modulations",
+            received=f"{batched} of them are in it",
+            fix="report this as a bug: the build would take a third more memory",
+        )
+    return ir.to_proto(lowered)
 
 
 def _reporter(what: str, log: Log) -> Callable[[str, int, int], None]:

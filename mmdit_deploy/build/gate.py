@@ -14,32 +14,12 @@ import onnx
 
 from mmdit_deploy.build.layers import EngineLayer
 from mmdit_deploy.errors import GraphError
-from mmdit_deploy.spec import ModelSpec
+from mmdit_deploy.graph.census import OPS
 
 Source = tuple[str, str]  # a node and the call that it is in, as `EngineLayer.sources` has them
 Expected = Mapping[str, Mapping[str, int]]  # nodes by call and op
 
-OPS = ("Attention", "RMSNormalization", "LayerNormalization", "Gelu", "Softmax")
 _SHOWN = 8  # problems in one message
-
-
-def implied_by_call(spec: ModelSpec, calls: Collection[str] | None = None) -> dict[str, dict[str, int]]:
-    """What the spec implies of each call that has attentions, norms or GELUs.
-
-    Args:
-        calls: leave out all others: those of one segment.
-
-    Returns:
-        Counts by op, by call; of all calls together they are `graph.census.implied`.
-    """
-    ops = {}
-    for i, block in enumerate(spec.blocks):
-        streams = 1 if block.text_ends else 2  # with an MLP; both have a norm before the attention
-        qk_norms = 6 if block.dual_attention else 4
-        counts = (block.attentions, qk_norms if spec.qk_norm else 0, 2 + streams, streams, 0)
-        ops[f"blocks.{i}"] = dict(zip(OPS, counts, strict=True))
-    ops["final"] = {"LayerNormalization": 1}
-    return {call: counts for call, counts in ops.items() if calls is None or call in calls}
 
 
 def check_fusion(
@@ -62,7 +42,7 @@ def check_fusion(
     Args:
         graph: the model that the builder was given.
         layers: of the engine.
-        expected: from `implied_by_call`, for the calls that the graph should have.
+        expected: from `graph.census.implied_by_call`, for the calls that the graph should have.
         fused: whether the precision has a fused attention kernel; if not, attention must be written out.
         profiles: how many optimization profiles the engine has.
         what: the engine's name, for the message.

@@ -175,7 +175,7 @@ def _bundle(directory: Path, manifest: Manifest) -> Bundle:
         )
     except MMDiTError as error:
         raise _malformed(directory, str(error)) from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # values of other types than we write
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:  # other values than we write
         raise _malformed(directory, f"{type(error).__name__}: {error}") from error
 
 

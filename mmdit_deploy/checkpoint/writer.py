@@ -127,7 +127,7 @@ def write_safetensors(
             of 16 MiB are hashed after they were written, so a reused buffer would spoil the hash.
 
     Returns:
-        Path, size and SHA-256 of the file, which has been synced to the disk.
+        Path, size and SHA-256 of the file. It is not synced to the disk: a bundle is, as a whole.
 
     Raises:
         MachineError: if the disk is too small, before or while writing.

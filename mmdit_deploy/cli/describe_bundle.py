@@ -97,6 +97,7 @@ def _verdict(verdict: dict[str, Any]) -> dict[str, Any]:
     return {
         "target": verdict["target"],
         "passed": verdict["passed"],
+        "engine_executed": verdict.get("engine_executed", True),
         "checks": len(errors),
         # null stands for NaN, which is worse than any figure
         "worst_rel_l2": None if None in errors else max(errors, default=None),

@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
         "--profile",
         action="append",
         metavar="AXIS=MIN:OPT:MAX,…",
-        help="a TensorRT optimization profile, e.g. batch=1,img_tokens=4096; may repeat (default: one, of the ranges)",
+        help="a TensorRT optimization profile, e.g. batch=2,img_tokens=4096; may repeat (default: one, of the ranges)",
     )
     p.add_argument(
         "--segments",

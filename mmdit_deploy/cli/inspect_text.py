@@ -50,9 +50,10 @@ def _bundle(data: dict[str, Any]) -> list[str]:
 def _verdict(verdict: dict[str, Any]) -> str:
     worst = verdict["worst_rel_l2"]
     figure = "NaN" if worst is None else f"{worst:.2e}"
-    outcome = "PASS" if verdict["passed"] else "NOT PASSED"
+    executed = verdict["engine_executed"]
+    outcome = ("PASS" if executed else "NOT EXECUTED") if verdict["passed"] else "NOT PASSED"
     target, checks = plain(verdict["target"]), verdict["checks"]
-    line = f"parity: {outcome} on {target}, {checks} checks, largest rel-L2 {figure}"
+    line = f"parity: {outcome} on {target}, {checks} checks{'' if executed else ' of its graph'}, largest rel-L2 {figure}"
     return "\n".join([line, *(f"  not executed: {plain(item)}" for item in verdict["not_executed"])])
 
 

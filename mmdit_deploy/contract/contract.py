@@ -85,7 +85,7 @@ Profile = Mapping[str, Range]  # by axis: what one TensorRT optimization profile
 
 
 def parse_profile(text: str) -> dict[str, Range]:
-    """Read ``AXIS=MIN:OPT:MAX,…``, e.g. ``batch=1,img_tokens=1024:4096:4096``. Axes that are left out are not in it.
+    """Read ``AXIS=MIN:OPT:MAX,…``, e.g. ``batch=2,img_tokens=1024:4096:4096``. Axes that are left out are not in it.
 
     Raises:
         UsageError: an axis is unknown or repeated, or a range is none.
@@ -97,7 +97,7 @@ def parse_profile(text: str) -> dict[str, Range]:
             raise UsageError(
                 f"a profile gives ranges to some of the axes {', '.join(AXES)}, each once",
                 received=repr(text),
-                fix="e.g. --profile batch=1,img_tokens=1024:4096:4096",
+                fix="e.g. --profile batch=2,img_tokens=1024:4096:4096",
             )
         profile[axis] = Range.parse(axis, numbers)
     return profile

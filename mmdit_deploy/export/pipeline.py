@@ -91,6 +91,9 @@ def export(request: ExportRequest, log: Log = lambda _: None) -> ExportResult:
     layout = weights_layout(spec, getattr(torch, precision.dtype), {"format": "pt"})
     if isinstance(request.source, RandomWeights):
         log(f"weights: {request.source.description} — no checkpoint was given")
+    if any(target.flavour for target in targets):
+        for axis in _costly(contract):
+            log(f"warning: {axis} from 1 costs a TensorRT plan several kernels a block; from 2 it does not")
     with staged_bundle(request.directory, force=request.force) as folder:
         shipped = dict.fromkeys(dialect_of(target, precision) for target in targets)
         stepped = dict.fromkeys(stepped_dialect_of(target, precision) for target in targets)
@@ -124,6 +127,11 @@ def export(request: ExportRequest, log: Log = lambda _: None) -> ExportResult:
         write_reports(folder, fields, verdicts)
         write_manifest(folder, fields, hashes)
     return ExportResult(request.directory, graphs, records, verdicts)
+
+
+def _costly(contract: Contract) -> list[str]:
+    """Token axes that may have one token: TensorRT then plans for vectors as well."""
+    return [axis for axis in ("img_tokens", "txt_tokens") if any(p[axis].min == 1 for p in contract.profiles)]
 
 
 def _verify(

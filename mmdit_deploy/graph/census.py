@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import onnx_ir as ir
 
 from mmdit_deploy.errors import GraphError
 from mmdit_deploy.spec import ModelSpec
 
+OPS = ("Attention", "RMSNormalization", "LayerNormalization", "Gelu", "Softmax")
 ADAPTIVE = "LayerNormalization (adaptive)"  # one whose scale is computed, per sample
 
 
@@ -26,19 +27,28 @@ def census(model: ir.Model) -> dict[str, int]:
     return dict(count(model.graph))
 
 
+def implied_by_call(spec: ModelSpec, calls: Collection[str] | None = None) -> dict[str, dict[str, int]]:
+    """What the spec implies of each call that has attentions, norms or GELUs: single nodes, and no softmax of its own.
+
+    Args:
+        calls: leave out all others: those of one segment.
+
+    Returns:
+        Counts by op, by call.
+    """
+    ops = {}
+    for i, block in enumerate(spec.blocks):
+        streams = 1 if block.text_ends else 2  # with an MLP; both have a norm before the attention
+        qk_norms = 6 if block.dual_attention else 4
+        counts = (block.attentions, qk_norms if spec.qk_norm else 0, 2 + streams, streams, 0)
+        ops[f"blocks.{i}"] = dict(zip(OPS, counts, strict=True))
+    ops["final"] = {"LayerNormalization": 1}
+    return {call: counts for call, counts in ops.items() if calls is None or call in calls}
+
+
 def implied(spec: ModelSpec) -> dict[str, int]:
-    """What the spec implies: attentions and norms as single nodes, and no softmax on its own."""
-    blocks = spec.blocks
-    qk_norms = 4 * len(blocks) + 2 * sum(b.dual_attention for b in blocks) if spec.qk_norm else 0
-    streams = [stream_ends for b in blocks for stream_ends in (False, b.text_ends)]
-    return {
-        "Attention": sum(b.attentions for b in blocks),
-        "RMSNormalization": qk_norms,
-        # A stream has a norm before its attention and one before its MLP; the head has one.
-        "LayerNormalization": sum(1 if ends else 2 for ends in streams) + 1,
-        "Gelu": sum(not ends for ends in streams),
-        "Softmax": 0,
-    }
+    """What the spec implies of the whole graph."""
+    return {op: sum(counts.get(op, 0) for counts in implied_by_call(spec).values()) for op in OPS}
 
 
 def implied_lowered(spec: ModelSpec, dialect: str) -> dict[str, int]:

@@ -83,7 +83,7 @@ def build_graphs(
     census = check_census(model, implied(spec), "standard")
     clock.append(time.perf_counter())
     lowered = {}
-    for dialect in set(dialects) - {"standard"}:
+    for dialect in [d for d in dict.fromkeys(dialects) if d != "standard"]:
         lowered[dialect], passes[dialect] = lower(model, dialect)
         check_census(lowered[dialect], implied_lowered(spec, dialect), dialect)
     standard = ir.to_proto(model)

@@ -129,16 +129,15 @@ def bench_bundle(
 
 def _device(bundle: Bundle, names: Sequence[str]) -> torch.device:
     """Where all of these engines run; rivals share their inputs."""
-    devices = {}
-    for name in names:
-        check_runnable(bundle, name)
-        devices[name] = parse_target(name).device
+    devices = {name: parse_target(name).device for name in names}
     if len(set(devices.values())) > 1:
         raise UsageError(
             "engines that are timed together run on one device",
             received=", ".join(f"{name} on {device}" for name, device in devices.items()),
             fix="time them in two runs",
         )
+    for name in names:
+        check_runnable(bundle, name)
     return torch.device(devices[names[0]])
 
 

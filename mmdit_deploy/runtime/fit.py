@@ -39,7 +39,7 @@ def check_runs_here(record: EngineRecord, target: Target, device: torch.device |
         raise MachineError(
             f"the engine {target.name} needs an NVIDIA GPU of compute capability {needed}",
             received="torch finds no GPU" if torch.version.cuda else f"torch {torch.__version__}, which has no CUDA",
-            fix="run it on a machine with that GPU; without one, use an engine of mmdit-export … --target ort-cpu",
+            fix="run it on a machine with that GPU, or: mmdit-export … --target ort-cpu",
         )
     capability = _capability(gpu(device))
     installed = flavour.version() or str(flavour.load(f"the target {target.name}").__version__)

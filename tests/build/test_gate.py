@@ -12,10 +12,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mmdit_deploy.build.gate import check_fusion, implied_by_call
+from mmdit_deploy.build.gate import check_fusion
 from mmdit_deploy.build.layers import EngineLayer, parse_layer_list
 from mmdit_deploy.errors import GraphError
-from mmdit_deploy.graph.census import implied
+from mmdit_deploy.graph.census import implied, implied_by_call
 from mmdit_deploy.graph.extract import extract_call
 from mmdit_deploy.graph.pipeline import Graphs
 from mmdit_deploy.spec import ModelSpec, preset

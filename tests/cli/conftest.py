@@ -27,6 +27,7 @@ from mmdit_deploy.spec import ModelSpec
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # Small ranges, so that verification takes half a second.
 RANGES = ("--batch", "1:1:2", "--img-tokens", "4:16:48", "--txt-tokens", "1:8:16")
+QUICK = (*RANGES, "--target", "ort-cpu")
 TREE = Path(mmdit_deploy.__file__).parents[1]
 
 
@@ -164,7 +165,7 @@ def exported(
     """An fp16 bundle of the checkpoint, verified, and what the command said; not to be changed."""
     out = tmp_path_factory.mktemp("dist") / "bundle"
     with traced_once():
-        result = _call("export", checkpoint, "--fp16", *RANGES, "-o", out, "--json")
+        result = _call("export", checkpoint, "--fp16", *QUICK, "-o", out, "--json")
     assert result.status == 0, result.err
     return out, result
 
@@ -188,6 +189,28 @@ def dist(tmp_path: Path) -> Iterator[Path]:
 def ranges() -> tuple[str, ...]:
     """Options for small ranges."""
     return RANGES
+
+
+@pytest.fixture
+def quick() -> tuple[str, ...]:
+    """Options for small ranges and no engine but ONNX Runtime's: nothing is built."""
+    return QUICK
+
+
+@pytest.fixture
+def refuse(
+    run: Callable[..., Any], dist: Path, ranges: tuple[str, ...], quick: tuple[str, ...]
+) -> Callable[..., str]:
+    """Runs an export that must be refused: ``refuse(2, arguments, words…)``; gives what it says."""
+
+    def call(status: int, arguments: list[str | Path], *words: str) -> str:
+        options = ranges if "--target" in arguments else quick
+        result = run("export", *options, *arguments, "-o", dist / "b")  # the last range given is the one
+        said: str = result.refused(status, *words)
+        assert os.listdir(dist) == []
+        return said
+
+    return call
 
 
 @pytest.fixture(scope="package", autouse=True)

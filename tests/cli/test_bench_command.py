@@ -87,7 +87,8 @@ def test_sizes_out_of_range_are_refused_before_anything_is_made(
 
 
 def test_an_engine_that_the_bundle_lacks(run: Callable[..., Any], exported: tuple[Path, Any]) -> None:
-    run("bench", exported[0], "--engine", "rtx:sm89").refused(2, "ort-cpu", "rtx:sm89")
+    run("bench", exported[0], "--engine", "rtx:sm89").refused(3, "ort-cpu", "--target rtx:sm89")
+    run("bench", exported[0], "--engine", "rtx:sm90").refused(2, "sm90", "--target trt")
     run("bench", exported[0], "--engine", "ort-cuda").refused(3, "ort-cpu", "--target ort-cuda")
 
 

@@ -27,10 +27,10 @@ def parent(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def begun(
-    spawn: Callable[..., Any], checkpoint: Path, parent: Path, ranges: tuple[str, ...]
+    spawn: Callable[..., Any], checkpoint: Path, parent: Path, quick: tuple[str, ...]
 ) -> Iterator[subprocess.Popen[str]]:
     """An export that has begun to write and has seconds of tracing before it."""
-    process = spawn("export", checkpoint, *ranges, "-o", parent / "b")
+    process = spawn("export", checkpoint, *quick, "-o", parent / "b")
     deadline = time.monotonic() + 60
     while not list(parent.glob(".partial-*/bundle")):
         assert process.poll() is None and time.monotonic() < deadline
@@ -57,24 +57,24 @@ def test_what_a_killed_export_left_is_cleared_by_the_next(
     run: Callable[..., Any],
     checkpoint: Path,
     parent: Path,
-    ranges: tuple[str, ...],
+    quick: tuple[str, ...],
 ) -> None:
     begun.kill()
     begun.communicate(timeout=60)
     assert begun.returncode == -signal.SIGKILL
     (left,) = os.listdir(parent)
     assert left.startswith(".partial-")  # there is no bundle, nor half of one under its name
-    result = run("export", checkpoint, *ranges, "-o", parent / "b")
+    result = run("export", checkpoint, *quick, "-o", parent / "b")
     assert result.status == 0, result.err
     assert os.listdir(parent) == ["b"]
     open_bundle(parent / "b")
 
 
 def test_an_interrupted_replacement_keeps_the_old_bundle(
-    spawn: Callable[..., Any], checkpoint: Path, bundle: Path
+    spawn: Callable[..., Any], checkpoint: Path, bundle: Path, quick: tuple[str, ...]
 ) -> None:
     before = {p.name: p.read_bytes() for p in bundle.iterdir()}
-    process = spawn("export", checkpoint, "-o", bundle, "--force")
+    process = spawn("export", checkpoint, *quick, "-o", bundle, "--force")
     while not list(bundle.parent.glob(".partial-*/bundle")):
         assert process.poll() is None
         time.sleep(0.02)

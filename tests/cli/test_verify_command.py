@@ -97,6 +97,8 @@ def test_another_architecture_is_refused(
         (["--full", "--checkpoint", "no/where"], 2, "--full and --checkpoint"),
         (["--engine", "tpu"], 2, "'tpu'"),
         (["--engine", "ort-cuda"], 3, "--target ort-cuda"),
+        (["--engine", "rtx:sm89"], 3, "--target rtx:sm89"),
+        (["--engine", "rtx:sm90"], 2, "sm90"),
         (["--checkpoint", "no/where"], 2, "hf download no/where"),
     ],
 )

@@ -122,7 +122,7 @@ def test_no_cases_are_no_verdict(copy_of: Callable[[str], Any]) -> None:
 
 def test_the_weights_of_another_seed_do_not_match(copy_of: Callable[[str], Any]) -> None:
     engine = copy_of("fp32").engine()
-    verdict = verify_against_weights(engine, RandomWeights(4), [Case(1, 4, 4, 8, 500.0)])
+    (verdict,) = verify_against_weights(engine, RandomWeights(4), [Case(1, 4, 4, 8, 500.0)])
     assert not verdict.passed
     assert verdict.first_failure is not None and verdict.first_failure.name == "conditioning"
 

@@ -44,7 +44,7 @@ def _batch(model: ir.Model) -> int:
         by_input.setdefault(projection.x, []).append(projection)
     count = 0
     for group in by_input.values():
-        for run in _adjacent(sorted(group, key=lambda p: _begin(p.weight))):
+        for run in _adjacent(sorted(group, key=lambda p: (p.weight.location, _begin(p.weight)))):
             if len(run) > 1:
                 _replace(model.graph, run)
                 count += len(run)
@@ -90,7 +90,9 @@ def _adjacent(ordered: Sequence[_Projection]) -> Iterator[list[_Projection]]:
 
 def _replace(graph: ir.Graph, run: Sequence[_Projection]) -> None:
     first = run[0]
-    name = first.node.name.split(".")[0] if first.node.name else "modulations"
+    base = (first.node.name or "modulations").split(".")[0]
+    names = itertools.chain([base], (f"{base}.run{i}" for i in itertools.count(1)))
+    name = next(n for n in names if f"{n}.weight" not in graph.initializers)
     values = [_joined(f"{name}.{leaf}", tensors) for leaf, tensors in (
         ("weight", [p.weight for p in run]),
         ("bias", [p.bias for p in run]),
@@ -120,10 +122,7 @@ def _replace(graph: ir.Graph, run: Sequence[_Projection]) -> None:
     for projection, out in zip(run, split.outputs, strict=True):
         old = projection.node.outputs[0]
         out.name, out.shape, out.type = old.name, old.shape, old.type
-        ir.convenience.replace_all_uses_with(old, out)
-        for i, output in enumerate(graph.outputs):
-            if output is old:
-                graph.outputs[i] = out
+        ir.convenience.replace_all_uses_with(old, out, replace_graph_outputs=True)
     for projection in run:
         weights = projection.node.inputs[1:]
         graph.remove(projection.node, safe=True)
