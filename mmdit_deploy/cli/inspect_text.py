@@ -53,7 +53,8 @@ def _verdict(verdict: dict[str, Any]) -> str:
     executed = verdict["engine_executed"]
     outcome = ("PASS" if executed else "NOT EXECUTED") if verdict["passed"] else "NOT PASSED"
     target, checks = plain(verdict["target"]), verdict["checks"]
-    line = f"parity: {outcome} on {target}, {checks} checks{'' if executed else ' of its graph'}, largest rel-L2 {figure}"
+    what = "checks" if executed else "checks of its graph"
+    line = f"parity: {outcome} on {target}, {checks} {what}, largest rel-L2 {figure}"
     return "\n".join([line, *(f"  not executed: {plain(item)}" for item in verdict["not_executed"])])
 
 

@@ -196,7 +196,7 @@ class TensorRTEngine:
     ) -> GraphedCall:
         """The call of this shape; the one that was used longest ago makes room for it."""
         graphs = self._held.graphs
-        key = (profile, *sorted(sizes.items()))
+        key = tuple(sorted(sizes.items()))  # which decide the profile
         if key in graphs:
             graphs.move_to_end(key)
             return graphs[key]

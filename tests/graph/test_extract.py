@@ -84,6 +84,14 @@ def test_an_unknown_call_is_an_error(tiny_spec: ModelSpec, graphs_of: Callable[.
 OUTPUTS = ("blocks.0", "blocks.2")
 
 
+def execute(model: onnx.ModelProto, values: Mapping[str, np.ndarray], folder: Path) -> dict[str, np.ndarray]:
+    """All outputs by name; of the values it takes those that it reads."""
+    session = open_session(model.SerializeToString(), "ort-cpu", weights_folder=folder)
+    names = [o.name for o in session.get_outputs()]
+    results = session.run(names, {i.name: values[i.name] for i in session.get_inputs()})
+    return {name: np.asarray(result) for name, result in zip(names, results, strict=True)}
+
+
 @pytest.mark.parametrize("segments", [1, 2, 3])
 @pytest.mark.parametrize("dialect", [None, "trt"])
 def test_segments_one_after_the_other_are_the_whole(
@@ -123,14 +131,6 @@ def test_segments_one_after_the_other_are_the_whole(
     assert seen == Counter(t.name for t in whole.graph.initializer)  # each weight in one segment
     for name, reference in expected.items():
         assert compare(torch.from_numpy(live[name]), torch.from_numpy(reference)).rel_l2 <= 1e-6, name
-
-
-def execute(model: onnx.ModelProto, values: Mapping[str, np.ndarray], folder: Path) -> dict[str, np.ndarray]:
-    """All outputs by name; of the values it takes those that it reads."""
-    session = open_session(model.SerializeToString(), "ort-cpu", weights_folder=folder)
-    names = [o.name for o in session.get_outputs()]
-    results = session.run(names, {i.name: values[i.name] for i in session.get_inputs()})
-    return {name: np.asarray(result) for name, result in zip(names, results, strict=True)}
 
 
 def test_a_segment_gives_what_others_read_and_what_the_graph_returns(

@@ -112,6 +112,7 @@ def _view(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def make_module(fake: Fake, *, rtx: bool) -> Any:
     """A module with the part of TensorRT's API that is used."""
     trt: Any = SimpleNamespace(__version__=VERSION)
+    logger: Any = None
     trt.ExecutionContextAllocationStrategy = _Enum(STATIC=0, ON_PROFILE_CHANGE=1, USER_MANAGED=2)
     trt.TensorLocation = _Enum(DEVICE=0, HOST=1)
 
@@ -264,7 +265,6 @@ def make_module(fake: Fake, *, rtx: bool) -> Any:
             fake.loaded.append(json.loads(blob)["name"])
             return Engine(json.loads(blob))
 
-    logger: Any = None
     trt.ILogger, trt.Runtime = ILogger, Runtime
     if rtx:
         trt.CudaGraphStrategy = _Enum(DISABLED=0, WHOLE_GRAPH_CAPTURE=1)
