@@ -83,6 +83,7 @@ def build_engine(
             config = builder.create_builder_config()
             config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the layer list names ONNX nodes
             config.progress_monitor = trt_monitor(trt, progress)
+            config.clear_flag(trt.BuilderFlag.TF32)  # on by default: an fp32 engine would have fp16's 11 bits
             for profile in profiles:
                 config.add_optimization_profile(_optimization_profile(builder, graph, profile))
             if capabilities:

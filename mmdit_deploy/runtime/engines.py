@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdit_deploy.build import EngineRecord, Target, parse_target
+from mmdit_deploy.build.layers_file import read_record
 from mmdit_deploy.bundle import Bundle
 from mmdit_deploy.contract import Contract
 from mmdit_deploy.errors import BundleError, MachineError, MissingPackageError, MMDiTError, UsageError
@@ -41,17 +42,16 @@ def engine_files(bundle: Bundle, target: str) -> tuple[EngineRecord, list[Path]]
             received=f"{target}, which runs {entry['graph']}",
             fix="name a TensorRT target",
         )
+    record = read_record(parsed.name, entry, f"the manifest of {bundle.name}")
     try:
-        record = EngineRecord.from_json(parsed.name, entry)
         _check_record(record, parsed, bundle.contract)
-        return record, [bundle.file(segment.file) for segment in record.segments]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # other JSON than we write
-        said = f"no {error}" if isinstance(error, KeyError) else str(error)
+    except ValueError as error:
         raise BundleError(
-            f"the manifest's record of {parsed.name} is as mmdit-export writes it",
-            received=f"{bundle.name}: {said}",
+            f"the segments of {parsed.name} are a chain from the contract's inputs to its outputs",
+            received=f"{bundle.name}: {error}",
             fix="copy the bundle again, or export it again",
-        ) from error
+        ) from None
+    return record, [bundle.file(segment.file) for segment in record.segments]
 
 
 def runnable_target(bundle: Bundle) -> str:
@@ -133,8 +133,8 @@ def _check_record(record: EngineRecord, target: Target, contract: Contract) -> N
     """
     if target.flavour is None or record.flavour != target.flavour.name:
         raise ValueError(f"an engine of {record.flavour}")
-    if not record.segments or not record.profiles or not all(set(p) >= set(contract.ranges) for p in record.profiles):
-        raise ValueError("no segments, or no profiles with a range for each axis")
+    if not all(set(p) >= set(contract.ranges) for p in record.profiles):
+        raise ValueError("a profile without a range for each axis")
     known = {spec.name: spec for spec in contract.inputs}
     for segment in record.segments:
         for spec in segment.inputs:

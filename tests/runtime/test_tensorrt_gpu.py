@@ -111,9 +111,8 @@ def test_it_computes_the_model(
     """At every shape and profile, with kernels for any shape and with those for this one."""
     if (target, precision) == ("rtx:sm75", "bf16"):
         pytest.skip("bf16 came with compute capability 8.0")
-    # TensorRT may multiply fp32 in TF32: 11 significant bits, as fp16 has.
     model = eager_model(tiny_spec, RandomWeights(0))
-    tolerance = TOLERANCES["fp16" if precision == "fp32" else precision]
+    tolerance = TOLERANCES[precision]
     for specialize in ("none", "eager"):
         with Engine.load(exported(target, segments, precision), target, specialize=specialize) as engine:
             assert len(engine_files(engine.bundle, target)[1]) == segments
