@@ -118,10 +118,15 @@ def _parse(trt: Any, network: Any, logger: Any, graph: onnx.ModelProto, weights_
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         raise GraphError(
             f"TensorRT's parser must understand the graph {graph.graph.name}",
-            received="; ".join(f"{e.node_name() or e.node_operator()}: {e.desc()}" for e in errors)[:1500]
-            or "it gave no reason",
+            received="; ".join(map(_parser_error, errors))[:1500] or "it gave no reason",
             fix="see build.log; report this as a bug",
         )
+
+
+def _parser_error(error: Any) -> str:
+    """Where and why: ``node_linear (Gemm) in blocks.3 (MMDiTJointBlock): …``."""
+    where = [f"{error.node_name()} ({error.node_operator()})", *error.local_function_stack()]
+    return f"{' in '.join(where)}: {error.desc()}" if error.node_operator() else str(error.desc())
 
 
 def _allow_decomposition(trt: Any, network: Any) -> None:

@@ -86,8 +86,8 @@ def run_cancellable(work: Callable[[], T], progress: BuildProgress) -> T:
             failure.append(error)
 
     thread = threading.Thread(target=run, name="engine build")
-    thread.start()
     try:
+        thread.start()
         while thread.is_alive():
             thread.join(0.1)
     except BaseException:

@@ -118,7 +118,7 @@ class EngineRecord:
     @property
     def fused_attentions(self) -> Counter[str]:
         """Fused attention kernels by block, of one profile."""
-        return sum((Counter(s.fused_attentions) for s in self.segments), Counter[str]())
+        return Counter({block: count for s in self.segments for block, count in s.fused_attentions.items()})
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -1,18 +1,21 @@
 """One matrix product for the modulation of all blocks.
 
     MMDiTModulation(c, w₀, b₀) ┐
-    MMDiTModulation(c, w₁, b₁) ┤   ⇒   Gemm(c, w₀|w₁|…, b₀|b₁|…) ─ Unsqueeze ─ Split
+    MMDiTModulation(c, w₁, b₁) ┤   ⇒   Gemm(c, w₀|w₁|…, b₀|b₁|…) ─ Reshape(rows) ─ Split
     …                          ┘
 
 The weights lie next to each other in the file, so the joined one is a longer span of it: no copy. TensorRT finds the
-product by itself, but joins the weights in memory: a third of the model, held twice while it builds.
+product by itself, but joins the weights in memory: a third of the model, held twice while it builds. Cut into rows of
+one tensor each, and not along one long axis, it also builds faster: 24 against 33 s for 24 blocks 1536 wide.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 
@@ -90,45 +93,45 @@ def _adjacent(ordered: Sequence[_Projection]) -> Iterator[list[_Projection]]:
 
 def _replace(graph: ir.Graph, run: Sequence[_Projection]) -> None:
     first = run[0]
-    base = (first.node.name or "modulations").split(".")[0]
-    names = itertools.chain([base], (f"{base}.run{i}" for i in itertools.count(1)))
-    name = next(n for n in names if f"{n}.weight" not in graph.initializers)
-    values = [_joined(f"{name}.{leaf}", tensors) for leaf, tensors in (
-        ("weight", [p.weight for p in run]),
-        ("bias", [p.bias for p in run]),
-    )]  # fmt: skip
-    for value in values:
+    name = f"{first.node.name}..{run[-1].node.name}"
+    weight = _joined(f"{name}.weight", [p.weight for p in run])
+    bias = _joined(f"{name}.bias", [p.bias for p in run])
+    for value in (weight, bias):
         graph.initializers[value.name or ""] = value
     sizes = [p.weight.shape.numpy()[0] for p in run]
-    gemm = ir.node("Gemm", [first.x, *values], attributes={"transB": 1}, name=name)
-    axes = ir.node("Constant", [], attributes={"value_ints": [1]}, name=f"{name}.axes")
-    rows = ir.node("Constant", [], attributes={"value_ints": sizes}, name=f"{name}.sizes")
-    wide = ir.node("Unsqueeze", [gemm.outputs[0], axes.outputs[0]], name=f"{name}.unsqueeze")
-    split = ir.node(
-        "Split", [wide.outputs[0], rows.outputs[0]], attributes={"axis": 2}, num_outputs=len(run), name=f"{name}.split"
-    )
-    made = (gemm, axes, rows, wide, split)
-    for node in made:
+    width = math.gcd(*sizes)
+
+    nodes: list[ir.Node] = []
+
+    def add(
+        op: str, inputs: Sequence[ir.Value], suffix: str, *, outputs: int = 1, **attributes: Any
+    ) -> Sequence[ir.Value]:
+        node = ir.node(op, inputs, attributes=attributes, num_outputs=outputs, name=f"{name}{suffix}")
         for i, value in enumerate(node.outputs):
             value.name = f"{node.name}.{i}"
-    batch = first.x.shape[0] if first.x.shape is not None else None
-    dtype = ir.TensorType(first.weight.dtype)
-    gemm.outputs[0].shape, gemm.outputs[0].type = ir.Shape([batch, sum(sizes)]), dtype
-    wide.outputs[0].shape, wide.outputs[0].type = ir.Shape([batch, 1, sum(sizes)]), dtype
+        nodes.append(node)
+        return node.outputs
 
-    # Before the first of the calls: they all read only x and weights.
-    anchor = next(node for node in graph if any(node is p.node for p in run))
-    graph.insert_before(anchor, made)
-    for projection, out in zip(run, split.outputs, strict=True):
+    (product,) = add("Gemm", [first.x, weight, bias], "", transB=1)
+    (to_rows,) = add("Constant", [], ".shape", value_ints=[0, -1, width])
+    (rows,) = add("Reshape", [product, to_rows], ".rows")
+    (counts,) = add("Constant", [], ".counts", value_ints=[size // width for size in sizes])
+    parts = add("Split", [rows, counts], ".split", outputs=len(run), axis=1)
+    for projection, part, size in zip(run, parts, sizes, strict=True):
         old = projection.node.outputs[0]
-        out.name, out.shape, out.type = old.name, old.shape, old.type
-        ir.convenience.replace_all_uses_with(old, out, replace_graph_outputs=True)
+        if size > width:
+            (merged,) = add("Constant", [], f".{old.name}.shape", value_ints=[0, 1, size])
+            (part,) = add("Reshape", [part, merged], f".{old.name}")
+        part.name, part.shape, part.type = old.name, old.shape, old.type
+        ir.convenience.replace_all_uses_with(old, part, replace_graph_outputs=True)
+    # Before the first of the calls: they all read only x and weights.
+    graph.insert_before(next(node for node in graph if any(node is p.node for p in run)), nodes)
     for projection in run:
         weights = projection.node.inputs[1:]
         graph.remove(projection.node, safe=True)
-        for weight in weights:
-            if weight is not None and weight.name is not None and not weight.uses():
-                graph.initializers.pop(weight.name, None)
+        for old_weight in weights:
+            if old_weight is not None and old_weight.name is not None and not old_weight.uses():
+                graph.initializers.pop(old_weight.name, None)
 
 
 def _joined(name: str, tensors: Sequence[ir.ExternalTensor]) -> ir.Value:
