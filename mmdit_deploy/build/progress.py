@@ -12,10 +12,6 @@ Progress = Callable[[str, int, int], None]
 SECONDS_BETWEEN_REPORTS = 5.0
 
 
-class Cancelled(Exception):
-    """The build ended because it was told to."""
-
-
 class BuildProgress:
     """Where a build is.
 
@@ -78,22 +74,36 @@ def run_cancellable(work: Callable[[], T], progress: BuildProgress) -> T:
     """
     result: list[T] = []
     failure: list[BaseException] = []
+    # Not `Thread.join`: Python 3.11 takes a thread for ended when Ctrl-C interrupts it.
+    begin, ended = threading.Event(), threading.Event()
 
     def run() -> None:
+        begin.wait()
         try:
-            result.append(work())
+            if not progress.cancelled:
+                result.append(work())
         except BaseException as error:
             failure.append(error)
+        finally:
+            ended.set()
 
-    thread = threading.Thread(target=run, name="engine build")
     try:
-        thread.start()
-        while thread.is_alive():
-            thread.join(0.1)
-    except BaseException:
+        threading.Thread(target=run, name="engine build").start()
+    except BaseException:  # Ctrl-C: the thread may be there, with nothing to do
         progress.cancel()
-        thread.join()
+        begin.set()
         raise
+    interrupt: BaseException | None = None  # whatever a signal handler raises
+    while True:
+        try:
+            begin.set()
+            if ended.wait(0.1):
+                break
+        except BaseException as error:  # nothing may be cleaned up under a builder that still writes
+            progress.cancel()
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
     if failure:
         raise failure[0]
     return result[0]

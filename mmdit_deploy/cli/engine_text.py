@@ -105,7 +105,7 @@ def _target(record: EngineRecord) -> str:
     together = f" of {len(record.profiles)} profiles together" if len(record.profiles) > 1 else ""
     facts = [
         ("for", _built_for(record)),
-        ("attention", record.attention + (f", {fused.total()} kernels in {len(fused)} blocks" if fused else "")),
+        ("attention", record.attention + (f", {fused.total()} kernels in {len(fused)} blocks" if fused.total() else "")),
         ("kernels", f"{record.kernels}{together}: {by_type}"),
         ("by call", by_call),
         *(

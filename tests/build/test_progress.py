@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -101,7 +100,22 @@ def test_ctrl_c_is_seen_while_the_work_computes_and_waits_for_its_end() -> None:
         run_cancellable(work, progress)
     events.append("it is cleaned up")
     assert events == ["the builder has stopped", "it is cleaned up"]
-    assert not [t for t in threading.enumerate() if t.name == "engine build"]
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_ctrl_c_pressed_again_and_again_waits_all_the_same() -> None:
+    progress, events = BuildProgress(None), []
+
+    def work() -> None:
+        for _ in range(5):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.02)
+        assert progress.cancelled
+        events.append("the builder has stopped")
+
+    with pytest.raises(KeyboardInterrupt):
+        run_cancellable(work, progress)
+    assert events == ["the builder has stopped"]
 
 
 @pytest.mark.usefixtures("ctrl_c")

@@ -106,7 +106,8 @@ def test_bundle(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert data["files"]["weights.safetensors"] == 1234
     (verdict,) = data["verdicts"]
     assert verdict == {
-        "target": "ort-cpu", "passed": True, "checks": 2, "worst_rel_l2": 2.5e-3, "not_executed": ["a GPU"],
+        "target": "ort-cpu", "passed": True, "engine_executed": True, "checks": 2, "worst_rel_l2": 2.5e-3,
+        "not_executed": ["a GPU"],
     }  # fmt: skip
     assert main([str(bundle)]) == 0
     out = capsys.readouterr().out

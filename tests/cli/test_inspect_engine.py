@@ -213,9 +213,9 @@ def test_a_bundle(bundle: Path, run: Callable[..., Any]) -> None:
 def test_attention_that_is_written_out(bundle: Path, run: Callable[..., Any]) -> None:
     def write_out(manifest: Any) -> None:
         entry = manifest["engines"][TARGET.name]
-        entry.update(attention="written out", fused_attentions={})
-        for segment in entry["segments"]:
-            segment["fused_attentions"] = dict.fromkeys(segment["fused_attentions"], 0)
+        entry["attention"] = "written out"
+        for part in (entry, *entry["segments"]):
+            part["fused_attentions"] = dict.fromkeys(part["fused_attentions"], 0)
 
     edit(bundle / "manifest.json", write_out)
     assert "attention written out" in words(run("inspect", bundle).out)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -41,47 +40,54 @@ class Exported:
         return next(v for v in verdicts if v["target"] == target)
 
 
-@pytest.fixture(scope="package")
-def no_gpu() -> Iterator[None]:
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever this machine has: what is said of an engine that cannot run is tested here."""
-    with mock.patch("torch.cuda.is_available", lambda: False):
-        yield
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
 
-@pytest.fixture(scope="package", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These models are too small for two: the pools of PyTorch and ONNX Runtime would wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def deep_spec(tiny_spec: ModelSpec) -> ModelSpec:
     """Three blocks: a first, a middle and a last one."""
     return dataclasses.replace(tiny_spec, depth=3)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def exported(
     deep_spec: ModelSpec,
-    no_gpu: None,
     tensorrt_rtx: Any,
     traced_once: Callable[[], contextlib.AbstractContextManager[object]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., Exported]:
     """Exports once for each set of arguments: ``exported("rtx:sm89", precision="fp16", verify=True)``."""
+    made: dict[str, Exported] = {}
 
-    @functools.cache
     def run(*targets: str, precision: str = "fp16", **options: Any) -> Exported:
+        key = repr((targets, precision, options))
+        if key not in made:
+            made[key] = make(targets, precision, **options)
+        return made[key]
+
+    def make(targets: tuple[str, ...], precision: str, **options: Any) -> Exported:
         out = tmp_path_factory.mktemp("engines") / "b"
+        compute = PRECISIONS[precision]
         request = ExportRequest(
-            deep_spec, RandomWeights(0), PRECISIONS[precision], targets=targets, out=out, ranges=RANGES, **options
+            deep_spec, RandomWeights(0), compute, targets=targets, out=out, **{"ranges": RANGES, **options}
         )
         said: list[str] = []
-        with traced_once():
+        with traced_once(), one_thread(), mock.patch("torch.cuda.is_available", lambda: False):
             result = export(request, said.append)
         return Exported(out, tuple(said), result)
 
     return run
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """These models are too small for two: the pools of PyTorch and ONNX Runtime would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
