@@ -47,9 +47,7 @@ def prepare(depth: int, spec_heads: int) -> None:
 
     spec = ModelSpec(f"sd3-{depth}", depth, spec_heads)
     ours = WORK / f"ours-{depth}"
-    request = ExportRequest(
-        spec, RandomWeights(0), precision("fp16"), ("ort-cpu",), out=ours, force=True, verify=False
-    )
+    request = ExportRequest(spec, RandomWeights(0), precision("fp16"), ("ort-cpu",), out=ours, force=True, verify=False)
     export(request)
     run_job([sys.executable, __file__, "--job", "rival-graph", "--depth", str(depth), "--heads", str(spec_heads)])
 

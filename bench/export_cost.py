@@ -41,9 +41,7 @@ print(json.dumps({"graph_seconds": seconds, "stages": dict(graphs.seconds), "mod
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument(
-        "--work", type=Path, default=Path("dist/bench"), help="scratch folder, 10 GB (45 GB with --large)"
-    )
+    p.add_argument("--work", type=Path, default=Path("dist/bench"), help="scratch folder, 10 GB (45 GB with --large)")
     p.add_argument("--large", action="store_true", help="also the 8.06 B checkpoint")
     p.add_argument("--rounds", type=int, default=3, help="rounds, ours and theirs in turn (default 3)")
     args = p.parse_args()

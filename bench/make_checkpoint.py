@@ -98,9 +98,7 @@ def position_table(config: dict[str, Any]) -> torch.Tensor:
     return table
 
 
-def draw(
-    key: str, shape: tuple[int, ...], config: dict[str, Any], seed: int, dtype: torch.dtype
-) -> torch.Tensor:
+def draw(key: str, shape: tuple[int, ...], config: dict[str, Any], seed: int, dtype: torch.dtype) -> torch.Tensor:
     """One tensor of the checkpoint."""
     if key == POSITION_TABLE:
         return position_table(config).to(dtype)
@@ -158,9 +156,7 @@ def stream_weights(model: Any, folder: Path, seed: int, dtype: torch.dtype, shar
     return written
 
 
-def save_with_diffusers(
-    config: dict[str, Any], folder: Path, seed: int, dtype: torch.dtype, shard_bytes: float
-) -> int:
+def save_with_diffusers(config: dict[str, Any], folder: Path, seed: int, dtype: torch.dtype, shard_bytes: float) -> int:
     """Writes config and weights with diffusers' `save_pretrained`; returns the bytes of the weight files."""
     model = MODEL(**config)
     state = {
@@ -168,9 +164,7 @@ def save_with_diffusers(
         for key, tensor in model.state_dict().items()
     }
     model.load_state_dict(state)
-    torch.nn.Module.to(
-        model, dtype
-    )  # not diffusers' override, which warns about modules that SD3 does not have
+    torch.nn.Module.to(model, dtype)  # not diffusers' override, which warns about modules that SD3 does not have
     model.save_pretrained(folder, max_shard_size=int(shard_bytes))
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
@@ -243,9 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
         stream=not (args.config or "").startswith("tiny"),
     )
     seconds = round(time.perf_counter() - start, 2)
-    print(
-        json.dumps({"path": str(args.out), "weight_bytes": written, "seconds": seconds, "weights": "random"})
-    )
+    print(json.dumps({"path": str(args.out), "weight_bytes": written, "seconds": seconds, "weights": "random"}))
     return 0
 
 

@@ -89,9 +89,7 @@ def _anonymous_bytes(pid: int) -> int:
     return total
 
 
-def interleaved(
-    rivals: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2
-) -> dict[str, list[float]]:
+def interleaved(rivals: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
     """Seconds per call of each rival, one after the other in every round, so that drift hits all alike.
 
     A pause before each call lets the worker threads of the rival before it stop spinning.
@@ -119,11 +117,7 @@ def machine() -> dict[str, Any]:
     import torch
 
     model = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
     )
     return {

@@ -39,16 +39,11 @@ def main() -> None:
     verdict = json.loads(streaming.output)
     worst = max(c["errors"]["rel_l2"] for c in verdict["checks"] if c["binding"])
     weights = (
-        4
-        * json.loads(run_job([*export, "--depth", str(args.depth), *CPU, "--dry-run", "--json"]).output)[
-            "parameters"
-        ]
+        4 * json.loads(run_job([*export, "--depth", str(args.depth), *CPU, "--dry-run", "--json"]).output)["parameters"]
     )
     for name, job in (("streaming parity", streaming), ("with the whole engine", whole)):
         print(f"{name:24s} {job.seconds:6.0f} s   peak {job.peak_bytes / 1e9:5.2f} GB")
-    print(
-        f"{len(verdict['checks'])} comparisons, passed: {verdict['passed']}, worst binding rel-L2 {worst:.2e}"
-    )
+    print(f"{len(verdict['checks'])} comparisons, passed: {verdict['passed']}, worst binding rel-L2 {worst:.2e}")
     write_result(
         "parity_memory",
         {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -98,12 +99,26 @@ def graphs_of() -> Callable[..., Graphs]:
                 "mmdit_deploy.graph.pipeline.trace_kinds",
                 lambda calls, dtype: _trace_kinds(spec, calls, dtype),
             ):
-                _GRAPHS[key] = build_graphs(
-                    spec, contract, compute, layout, dialects=dialects, outputs=outputs
-                )
+                _GRAPHS[key] = build_graphs(spec, contract, compute, layout, dialects=dialects, outputs=outputs)
         return _GRAPHS[key]
 
     return build
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A file system of its own, of the size that the test's module names in ``SMALL_DISK``, e.g. ``2m``."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={request.module.SMALL_DISK}", "tmpfs", str(disk)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command")
+    if mounted.returncode:
+        pytest.skip(f"mounting a tmpfs is not permitted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.fixture(scope="session")
@@ -138,9 +153,7 @@ def save_graphs() -> Callable[..., Path]:
     ``save_graphs(folder, spec, source, graphs, precision="fp32")``
     """
 
-    def save(
-        folder: Path, spec: ModelSpec, source: WeightSource, graphs: Graphs, precision: str = "fp32"
-    ) -> Path:
+    def save(folder: Path, spec: ModelSpec, source: WeightSource, graphs: Graphs, precision: str = "fp32") -> Path:
         dtype = getattr(torch, PRECISIONS[precision].dtype)
         folder.mkdir(parents=True, exist_ok=True)
         files: Mapping[str, onnx.ModelProto] = {
@@ -174,11 +187,7 @@ def eager_model() -> Callable[[ModelSpec, WeightSource], MMDiT]:
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An fp16 bundle for ort-cpu with random weights (seed 0), not verified; not to be changed."""
     out = tmp_path_factory.mktemp("bundles") / "tiny-fp16"
-    request = ExportRequest(
-        TINY, RandomWeights(0), PRECISIONS["fp16"], out=out, ranges=WIDE_RANGES, verify=False
-    )
-    with mock.patch(
-        "mmdit_deploy.graph.pipeline.trace_kinds", lambda calls, dtype: _trace_kinds(TINY, calls, dtype)
-    ):
+    request = ExportRequest(TINY, RandomWeights(0), PRECISIONS["fp16"], out=out, ranges=WIDE_RANGES, verify=False)
+    with mock.patch("mmdit_deploy.graph.pipeline.trace_kinds", lambda calls, dtype: _trace_kinds(TINY, calls, dtype)):
         export(request)
     return out

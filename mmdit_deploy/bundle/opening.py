@@ -111,9 +111,7 @@ def _check_presence(directory: Path, manifest: Manifest, listing: Listing) -> No
         for part in (name, *(parent.as_posix() for parent in Path(name).parents)):
             if part in listing.other:  # the file itself, or a directory on the way to it
                 what = f"{directory / part} is {listing.other[part]}"
-                raise _broken(
-                    path, "a regular file", what, "copy the bundle with its files, not links to them"
-                )
+                raise _broken(path, "a regular file", what, "copy the bundle with its files, not links to them")
         if name not in listing.regular:
             raise _broken(path, f"a file of {record.size} bytes", "no such file")
         if listing.regular[name] != record.size:

@@ -72,9 +72,7 @@ def _target(final: Path) -> Path:
             final = final.resolve()
         target = final.parent.resolve() / final.name
     except (OSError, RuntimeError) as error:  # a link that leads to itself
-        raise UsageError(
-            "-o must be the path of a directory", received=str(error), fix="choose another -o"
-        ) from error
+        raise UsageError("-o must be the path of a directory", received=str(error), fix="choose another -o") from error
     if not target.name:
         raise UsageError("-o must have a name", received=str(final), fix="add one, e.g. -o dist/sd3-fp16")
     return target
@@ -97,9 +95,7 @@ def _check_target(target: Path, force: bool, received: str) -> None:
     replaceable, what = _replaceable(target)
     if not replaceable:
         rule = "--force replaces a bundle and nothing else" if force else "a bundle is written to a new path"
-        raise BundleError(
-            rule, received=f"{received} and is {what}", fix="choose another -o, or remove it yourself"
-        )
+        raise BundleError(rule, received=f"{received} and is {what}", fix="choose another -o, or remove it yourself")
     if not force:
         raise BundleError(
             "an existing bundle is replaced on request only",

@@ -154,9 +154,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         config = _read_config(folder)
         weights = find_weights(folder)
     except OSError as error:
-        raise CheckpointError(
-            f"{folder} must be readable", received=str(error), fix="check its permissions"
-        ) from error
+        raise CheckpointError(f"{folder} must be readable", received=str(error), fix="check its permissions") from error
     if weights.suffix == ".safetensors":
         return Checkpoint(folder, config, [SafetensorsFile(weights)])
     keys_of = read_index(weights)

@@ -75,9 +75,7 @@ SD3_KEYS: dict[str, tuple[str, ...]] = {
 # Leaves whose canonical name differs from ours.
 SD3_LEAVES = {"img_embed.positions.table": "pos_embed"}
 
-POSITION_TABLE = (
-    "pos_embed.pos_embed"  # in every SD3 checkpoint; a parameter only where it differs from the formula
-)
+POSITION_TABLE = "pos_embed.pos_embed"  # in every SD3 checkpoint; a parameter only where it differs from the formula
 
 
 def parameters(spec: ModelSpec) -> tuple[Parameter, ...]:
@@ -105,9 +103,7 @@ def _parameter(path: str, shape: tuple[int, ...], spec: ModelSpec) -> Parameter:
     pattern = ".".join("*" if s.isdecimal() else s for s in steps)
     names = [f"{m.replace('*', index)}.{SD3_LEAVES.get(path, leaf)}" for m in SD3_KEYS[pattern]]
     part_shape = (shape[0] // len(names), *shape[1:])
-    if (
-        path == "img_embed.proj.weight"
-    ):  # a convolution over the patch, (channel, row, column) like our tokens
+    if path == "img_embed.proj.weight":  # a convolution over the patch, (channel, row, column) like our tokens
         part_shape = (spec.width, spec.latent_channels, spec.patch_size, spec.patch_size)
     elif path == "img_embed.positions.table":
         part_shape = (1, *shape)

@@ -83,11 +83,7 @@ def _tensor_info(entry: Any, key: str, data_start: int, where: str) -> TensorInf
             fix="store it in one of these dtypes",
         )
     # `type(x) is int`, because bool is an int to isinstance
-    if (
-        not isinstance(shape, list)
-        or len(shape) > MAX_RANK
-        or not all(type(d) is int and d >= 0 for d in shape)
-    ):
+    if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(type(d) is int and d >= 0 for d in shape):
         raise CheckpointError(
             f"{which} must have a shape of at most {MAX_RANK} integers that are 0 or more",
             received=f"shape {quote(shape)}",

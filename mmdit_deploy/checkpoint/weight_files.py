@@ -72,9 +72,7 @@ def read_json_file(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path} must be readable", received=str(error), fix=_AGAIN) from error
     if len(raw) > _MAX_JSON_BYTES:
-        raise CheckpointError(
-            f"{path} must have at most {_MAX_JSON_BYTES} bytes", received="a larger file", fix=_AGAIN
-        )
+        raise CheckpointError(f"{path} must have at most {_MAX_JSON_BYTES} bytes", received="a larger file", fix=_AGAIN)
     return parse_json_object(raw, str(path), _AGAIN)
 
 

@@ -75,10 +75,7 @@ def plan_layout(
     if len(text) > MAX_HEADER_BYTES:
         raise ValueError(f"the header would take {len(text)} bytes, the format allows {MAX_HEADER_BYTES}")
     start = 8 + len(text)
-    tensors = {
-        key: TensorInfo(key, dtype, shape, start + begin, nbytes)
-        for key, dtype, shape, begin, nbytes in spans
-    }
+    tensors = {key: TensorInfo(key, dtype, shape, start + begin, nbytes) for key, dtype, shape, begin, nbytes in spans}
     return Layout(len(text).to_bytes(8, "little") + text, tensors, start + end)
 
 

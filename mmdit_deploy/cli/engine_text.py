@@ -103,9 +103,10 @@ def _target(record: EngineRecord) -> str:
     )
     # TensorRT compiles a plan for each profile
     together = f" of {len(record.profiles)} profiles together" if len(record.profiles) > 1 else ""
+    kernels = f", {fused.total()} kernels in {len(fused)} blocks" if fused.total() else ""
     facts = [
         ("for", _built_for(record)),
-        ("attention", record.attention + (f", {fused.total()} kernels in {len(fused)} blocks" if fused.total() else "")),
+        ("attention", record.attention + kernels),
         ("kernels", f"{record.kernels}{together}: {by_type}"),
         ("by call", by_call),
         *(

@@ -18,17 +18,13 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("bundle", type=Path, metavar="BUNDLE", help="the bundle's directory")
     p.add_argument("--engine", metavar="TARGET", help="e.g. ort-cpu (default: what this machine can run)")
-    p.add_argument(
-        "--checkpoint", metavar="PATH", help="the checkpoint it was made from: compare every block"
-    )
+    p.add_argument("--checkpoint", metavar="PATH", help="the checkpoint it was made from: compare every block")
     p.add_argument(
         "--full",
         action="store_true",
         help="compare every block of a bundle with random weights, made again from its seed",
     )
-    p.add_argument(
-        "--thorough", action="store_true", help="more and larger shapes (with --checkpoint or --full)"
-    )
+    p.add_argument("--thorough", action="store_true", help="more and larger shapes (with --checkpoint or --full)")
     p.add_argument(
         "--blocks-only", action="store_true", help="do not run the whole engine: one block's memory is enough"
     )

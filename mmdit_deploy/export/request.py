@@ -75,7 +75,5 @@ class ExportRequest:
                 received=f"--profile with {', '.join(target.name for target in targets)}",
                 fix="drop it, or add a TensorRT target, e.g. --target rtx:sm89",
             )
-        contract = Contract.of(
-            self.spec, self.precision, self.ranges, outputs=self.outputs, profiles=self.profiles
-        )
+        contract = Contract.of(self.spec, self.precision, self.ranges, outputs=self.outputs, profiles=self.profiles)
         return targets, contract

@@ -104,9 +104,7 @@ def _initializer(
             table = dict(call.kind.build().named_buffers())[weight]
         shape = ir.Shape(table.shape)
         tensor = ir.tensor(table.numpy(), name=path)
-    return ir.Value(
-        name=path, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
+    return ir.Value(name=path, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
 
 
 def _value(tensor: TensorSpec, type_: ir.TensorType) -> ir.Value:

@@ -21,9 +21,7 @@ def extract_call(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
     """
     node = next((n for n in model.graph.node if n.name == name), None)
     if node is None:
-        raise GraphError(
-            f"the graph has one node per call; there is no {name!r}", fix="export the bundle again"
-        )
+        raise GraphError(f"the graph has one node per call; there is no {name!r}", fix="export the bundle again")
     return _cut(model, name, [node], node.output)
 
 
@@ -67,9 +65,7 @@ def _cut(
     def is_constant(value: str) -> bool:
         if value not in constant:
             producer = producers.get(value)
-            constant[value] = value in initializers or (
-                producer is not None and all(map(is_constant, producer.input))
-            )
+            constant[value] = value in initializers or (producer is not None and all(map(is_constant, producer.input)))
         return constant[value]
 
     nodes: dict[str, onnx.NodeProto] = {}  # by first output

@@ -102,8 +102,6 @@ def _spans(spec: ModelSpec, layout: Layout) -> dict[str, Span]:
         parts = [layout.tensors[p.key] for p in parameter.parts]
         for before, after in itertools.pairwise(parts):
             if before.offset + before.nbytes != after.offset:
-                raise ValueError(
-                    f"{before.key} and {after.key} are one parameter, but are not adjacent in the file"
-                )
+                raise ValueError(f"{before.key} and {after.key} are one parameter, but are not adjacent in the file")
         spans[parameter.path] = Span(parameter.shape, parts[0].offset, sum(p.nbytes for p in parts))
     return spans

@@ -32,9 +32,7 @@ class _Pure(nn.Module):
         super().__init__()
         self._module = (module,)  # not a submodule: its weights must not become this one's
 
-    def forward(
-        self, activations: tuple[Tensor, ...], weights: dict[str, Tensor]
-    ) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, activations: tuple[Tensor, ...], weights: dict[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
         out: Tensor | tuple[Tensor, ...] = torch.func.functional_call(self._module[0], weights, activations)
         return out
 
@@ -54,9 +52,7 @@ def trace(kind: Kind, dtype: torch.dtype) -> ir.Function:
             **{name: b.detach() for name, b in module.named_buffers()},
         }
         activations = tuple(
-            torch.empty(
-                t.shape(EXAMPLE_SIZES), dtype=getattr(torch, t.dtype) if t.dtype != "compute" else dtype
-            )
+            torch.empty(t.shape(EXAMPLE_SIZES), dtype=getattr(torch, t.dtype) if t.dtype != "compute" else dtype)
             for t in kind.inputs
         )
         axes = {a: torch.export.Dim(a) for t in kind.inputs for a in t.axes if isinstance(a, str)}

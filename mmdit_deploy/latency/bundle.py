@@ -53,10 +53,7 @@ class LatencyReport:
 
     def text(self) -> str:
         lines = [f"{self.bundle} ({self.precision}, weights {self.weights}), {self.case}"]
-        lines += [
-            f"  {t.name:14s} p50 {t.p50_ms:10.2f} ms   p90 {t.p90_ms:10.2f} ms   {t.how}"
-            for t in self.timings
-        ]
+        lines += [f"  {t.name:14s} p50 {t.p50_ms:10.2f} ms   p90 {t.p90_ms:10.2f} ms   {t.how}" for t in self.timings]
         lines += [f"  {name:14s} not run: {reason}" for name, reason in self.not_run.items()]
         lines += [f"  {pair}: {ratio:.3f}" for pair, ratio in self.ratios.items()]
         return "\n".join(lines)

@@ -55,8 +55,7 @@ def time_interleaved(
             first = measure(run)
             samples[name].append(measure(run) if first < SETTLE_MS else first)
     return tuple(
-        Timing(name, how, median(samples[name]), _p90(samples[name]), rounds)
-        for name, (how, _) in rivals.items()
+        Timing(name, how, median(samples[name]), _p90(samples[name]), rounds) for name, (how, _) in rivals.items()
     )
 
 

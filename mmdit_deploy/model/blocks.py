@@ -62,9 +62,7 @@ class JointBlock(nn.Module):
         txt_modulation: Tensor,
     ) -> tuple[Tensor, ...]:
         img, txt, kind = hidden_states, encoder_hidden_states, self.kind
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *dual = img_modulation.chunk(
-            kind.img_modulations, -1
-        )
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *dual = img_modulation.chunk(kind.img_modulations, -1)
         if kind.text_ends:  # diffusers' AdaLayerNormContinuous stores scale first
             txt_scale, txt_shift = txt_modulation.chunk(2, -1)
         else:

@@ -55,9 +55,7 @@ class QKV(nn.Module):
         self.norm_k = RMSNorm(head_dim) if qk_norm else nn.Identity()
 
     def forward(self, x_BNC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q_BNHD, k_BNHD, v_BNHD = (
-            t.unflatten(-1, (self.num_heads, -1)) for t in self.proj(x_BNC).chunk(3, dim=-1)
-        )
+        q_BNHD, k_BNHD, v_BNHD = (t.unflatten(-1, (self.num_heads, -1)) for t in self.proj(x_BNC).chunk(3, dim=-1))
         return self.norm_q(q_BNHD), self.norm_k(k_BNHD), v_BNHD
 
 

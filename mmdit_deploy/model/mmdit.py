@@ -144,9 +144,7 @@ class MMDiT(nn.Module):
             )
         for name, tokens in (("img_tokens", img_tokens), ("txt_tokens", txt_tokens)):
             if not isinstance(tokens, int) or tokens < 1:
-                raise SpecError(
-                    f"{name} must be a whole number of at least 1", received=repr(tokens), fix="use 64"
-                )
+                raise SpecError(f"{name} must be a whole number of at least 1", received=repr(tokens), fix="use 64")
         model = MMDiT(
             ModelSpec(
                 name=f"mmdit-{depth}x{hidden_size}",

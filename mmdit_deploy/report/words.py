@@ -69,8 +69,7 @@ def duration(seconds: float) -> str:
 def bounds(tolerance: Mapping[str, Any]) -> str:
     """The bounds of a tolerance, without its reason: ``cosine ≥ 0.9999, rel-L2 ≤ 0.005``."""
     return ", ".join(
-        f"{METRICS[metric]} {'≥' if side == 'min' else '≤'} {bound:.12g}"
-        for side, metric, bound in _sides(tolerance)
+        f"{METRICS[metric]} {'≥' if side == 'min' else '≤'} {bound:.12g}" for side, metric, bound in _sides(tolerance)
     )
 
 

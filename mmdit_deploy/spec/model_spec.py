@@ -177,9 +177,7 @@ def require_depth(depth: object) -> None:
         SpecError: it is not.
     """
     if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= MAX_DEPTH:
-        raise SpecError(
-            f"depth is a whole number from 1 to {MAX_DEPTH}", received=repr(depth), fix="e.g. --depth 24"
-        )
+        raise SpecError(f"depth is a whole number from 1 to {MAX_DEPTH}", received=repr(depth), fix="e.g. --depth 24")
 
 
 def _require_positive_int(field: str, value: object) -> None:

@@ -11,9 +11,7 @@ PRESETS = {
     for spec in (
         ModelSpec("sd3-medium", depth=24, num_heads=24, qk_norm=False),
         ModelSpec("sd3.5-large", depth=38, num_heads=38),
-        ModelSpec(
-            "sd3.5-medium", depth=24, num_heads=24, dual_attention_blocks=tuple(range(13)), pos_max_size=384
-        ),
+        ModelSpec("sd3.5-medium", depth=24, num_heads=24, dual_attention_blocks=tuple(range(13)), pos_max_size=384),
     )
 }
 

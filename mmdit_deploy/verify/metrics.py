@@ -36,8 +36,4 @@ def compare(received: Tensor, reference: Tensor) -> Errors:
 
 def within(errors: Errors, tolerance: Tolerance) -> bool:
     """Whether the figures keep both bounds, and all values are finite. NaN is never within."""
-    return (
-        errors.nonfinite == 0
-        and errors.cosine >= tolerance.min_cosine
-        and errors.rel_l2 <= tolerance.max_rel_l2
-    )
+    return errors.nonfinite == 0 and errors.cosine >= tolerance.min_cosine and errors.rel_l2 <= tolerance.max_rel_l2

@@ -50,9 +50,7 @@ class ReferenceRecorder:
         for i, tensors in enumerate(values):
             keys = {}
             for name, tensor in tensors.items():
-                same = (
-                    k for k, t in self._tensors.items() if t.dtype == tensor.dtype and torch.equal(t, tensor)
-                )
+                same = (k for k, t in self._tensors.items() if t.dtype == tensor.dtype and torch.equal(t, tensor))
                 keys[name] = next(same, f"case.{i}.input.{name}")
                 self._tensors[keys[name]] = tensor
             self._inputs.append(keys)
@@ -117,7 +115,5 @@ class Reference:
 
     def _read(self, key: str) -> Tensor:
         if key not in self._file.tensors:
-            raise BundleError(
-                f"{FILE_NAME} holds {key}", received="it is not there", fix="export the bundle again"
-            )
+            raise BundleError(f"{FILE_NAME} holds {key}", received="it is not there", fix="export the bundle again")
         return self._file.read(key)

@@ -68,8 +68,7 @@ def stream_parity(
             exact = [theirs[i][name] for name in call.inputs]
             expected = eager_call(exact)
             rounded = [
-                t.to(compute) if spec.dtype == "compute" else t
-                for t, spec in zip(exact, call.kind.inputs, strict=True)
+                t.to(compute) if spec.dtype == "compute" else t for t, spec in zip(exact, call.kind.inputs, strict=True)
             ]
             # In fp32 the rounded inputs are the exact ones, and one eager run serves both comparisons.
             reference = expected if compute == torch.float32 else eager_call(rounded)
@@ -107,9 +106,7 @@ def replay_parity(
     """
     compute = getattr(torch, contract.outputs[0].dtype)
     values = [dict(reference.inputs(i)) for i in range(len(reference.cases))]
-    exact = [
-        {**inputs, "conditioning": reference.conditioning(i).to(compute)} for i, inputs in enumerate(values)
-    ]
+    exact = [{**inputs, "conditioning": reference.conditioning(i).to(compute)} for i, inputs in enumerate(values)]
     last_use = _last_uses(calls, contract)
     checks: list[Check] = []
     for index, call in enumerate(calls):

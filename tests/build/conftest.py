@@ -9,6 +9,10 @@ from typing import Any
 import onnx
 import pytest
 
+from mmdit_deploy.build import RTX
+from mmdit_deploy.build.build_log import BuildLog
+from mmdit_deploy.build.engine_builder import build_engine
+from mmdit_deploy.build.layers import EngineLayer
 from mmdit_deploy.checkpoint.weights import RandomWeights
 from mmdit_deploy.contract import Profile, Range
 from mmdit_deploy.spec import ModelSpec
@@ -48,54 +52,28 @@ def saved_graph(
 
 
 @pytest.fixture(scope="session")
-def build_layers() -> Callable[..., str]:
-    """Builds an engine for SM89 and returns the verbose message that lists its layers.
+def build_layers(tensorrt_rtx: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[EngineLayer, ...]]:
+    """Builds an engine for SM89 and returns its layers: ``build_layers(graph, folder, (RANGES,), decomposable=False)``.
 
-    ``build_layers(graph, folder, profiles=(RANGES,), decomposable=False)``; `decomposable` lets TensorRT write an
-    attention out that it has no fused kernel for.
+    `decomposable` lets TensorRT write an attention out that it has no fused kernel for.
     """
-    trt = pytest.importorskip(
-        "tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'mmdit-deploy[rtx]'", exc_type=ImportError
-    )
-
-    class Log(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.messages: list[tuple[Any, str]] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            self.messages.append((severity, message))
 
     def build(
         graph: onnx.ModelProto, folder: Path, profiles: Sequence[Profile] = (RANGES,), *, decomposable: bool = False
-    ) -> str:
-        log = Log()
-        builder = trt.Builder(log)
-        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        parser = trt.OnnxParser(network, log)
-        if not parser.parse(graph.SerializeToString(), str(folder / "model.onnx")):
-            raise RuntimeError("; ".join(str(parser.get_error(i)) for i in range(parser.num_errors)))
-        for layer in (network.get_layer(i) for i in range(network.num_layers)):
-            if decomposable and layer.type == trt.LayerType.ATTENTION_INPUT:
-                layer.__class__ = trt.IAttentionInputLayer
-                layer.attention.decomposable = True
-        config = builder.create_builder_config()
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(trt.ComputeCapability.SM89, 0)
-        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        for ranges in profiles:
-            profile = builder.create_optimization_profile()
-            for tensor in graph.graph.input:
-                axes = [dim.dim_param or dim.dim_value for dim in tensor.type.tensor_type.shape.dim]
-                shapes = (
-                    tuple(getattr(ranges[axis], end) if isinstance(axis, str) else axis for axis in axes)
-                    for end in ("min", "opt", "max")
-                )
-                profile.set_shape(tensor.name, *shapes)
-            config.add_optimization_profile(profile)
-        engine = builder.build_serialized_network(network, config)
-        if engine is None:
-            raise RuntimeError("; ".join(m for severity, m in log.messages if severity <= trt.ILogger.ERROR))
-        return "".join(message for _, message in log.messages if message.startswith("Layers:\n"))
+    ) -> tuple[EngineLayer, ...]:
+        made = tmp_path_factory.mktemp("built")
+        with BuildLog(made / "build.log", lambda line: None) as log:
+            log.begin("test")
+            built = build_engine(
+                RTX,
+                graph,
+                folder,
+                made / "engine",
+                log,
+                profiles=profiles,
+                capabilities=("sm89",),
+                fused_attention=not decomposable,
+            )
+        return built.layers
 
     return build

@@ -230,9 +230,7 @@ def test_ctrl_c_ends_the_build_and_leaves_no_file(tmp_path: Path, build: Callabl
 @pytest.mark.usefixtures("eager_reports")
 @pytest.mark.xfail(strict=True, reason="the builder swallows what a report raises: a GraphError comes out instead")
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), BrokenPipeError(errno.EPIPE, "Broken pipe")])
-def test_what_a_report_raises_gets_out(
-    tmp_path: Path, build: Callable[..., BuiltEngine], error: BaseException
-) -> None:
+def test_what_a_report_raises_gets_out(tmp_path: Path, build: Callable[..., BuiltEngine], error: BaseException) -> None:
     """`mmdit-export … 2>&1 | head`: nobody reads any more, which is no fault of the graph."""
 
     def report(*_: object) -> None:

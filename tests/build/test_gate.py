@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from mmdit_deploy.build.gate import check_fusion
-from mmdit_deploy.build.layers import EngineLayer, parse_layer_list
+from mmdit_deploy.build.layers import EngineLayer
 from mmdit_deploy.errors import GraphError
 from mmdit_deploy.graph.census import implied, implied_by_call
 from mmdit_deploy.graph.extract import extract_call
@@ -21,7 +21,7 @@ from mmdit_deploy.graph.pipeline import Graphs
 from mmdit_deploy.spec import ModelSpec, preset
 
 SavedGraph = Callable[..., tuple]
-BuildLayers = Callable[..., str]
+BuildLayers = Callable[..., tuple[EngineLayer, ...]]
 
 SPECS: dict[str, dict[str, object]] = {
     "plain": {},
@@ -55,7 +55,7 @@ def built(
 ) -> tuple[onnx.ModelProto, tuple[EngineLayer, ...]]:
     """The graph of two fp16 blocks and the layers of its engine."""
     graph, folder = saved_graph(tiny_spec, "fp16")
-    return graph, parse_layer_list(build_layers(graph, folder))
+    return graph, build_layers(graph, folder)
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -81,7 +81,7 @@ def test_every_attention_is_one_fused_kernel(
 ) -> None:
     spec = spec_with(tiny_spec, name)
     graph, folder = saved_graph(spec, precision)
-    layers = parse_layer_list(build_layers(graph, folder, profiles["two"]))
+    layers = build_layers(graph, folder, profiles["two"])
     found = check_fusion(graph, layers, implied_by_call(spec), fused=True, profiles=2, what="test")
     assert found == ATTENTIONS[name]
     assert sum(layer.is_fused_attention for layer in layers) == 2 * sum(found.values())
@@ -93,7 +93,7 @@ def test_fp32_attention_is_written_out(
 ) -> None:
     spec = spec_with(tiny_spec, name)
     graph, folder = saved_graph(spec, "fp32")
-    layers = parse_layer_list(build_layers(graph, folder, profiles["two"], decomposable=True))
+    layers = build_layers(graph, folder, profiles["two"], decomposable=True)
     found = check_fusion(graph, layers, implied_by_call(spec), fused=False, profiles=2, what="test")
     assert found == dict.fromkeys(ATTENTIONS[name], 0)
     # Asked for a fused kernel, the gate says what there is instead.
@@ -108,7 +108,7 @@ def test_the_lowered_graph_passes(
     """Nodes that lowering puts into the main graph belong to no call."""
     _, folder = saved_graph(tiny_spec, "fp16")
     graph = graphs_of(tiny_spec, "fp16", dialects=("trt",)).of("trt")
-    layers = parse_layer_list(build_layers(graph, folder))
+    layers = build_layers(graph, folder)
     expected = implied_by_call(tiny_spec)
     assert check_fusion(graph, layers, expected, fused=True, profiles=1, what="test") == ATTENTIONS["plain"]
 
@@ -118,7 +118,7 @@ def test_a_segment_is_checked_on_its_own(
 ) -> None:
     whole, folder = saved_graph(tiny_spec, "fp16")
     graph = extract_call(whole, "blocks.1")
-    layers = parse_layer_list(build_layers(graph, folder))
+    layers = build_layers(graph, folder)
     only = implied_by_call(tiny_spec, {"blocks.1"})
     assert check_fusion(graph, layers, only, fused=True, profiles=1, what="test") == {"blocks.1": 1}
     assert "blocks.0: the graph has no such call; its calls are blocks.1" in refusal(graph, layers, tiny_spec)
@@ -301,9 +301,7 @@ BREAKS = {
         ),
         decomposable=True,
     ),
-    "no attention: V is passed on": Break(
-        attention_is_dropped, ("blocks.1: 1 Attention expected, 0 in the graph",)
-    ),
+    "no attention: V is passed on": Break(attention_is_dropped, ("blocks.1: 1 Attention expected, 0 in the graph",)),
     "attention in the wrong block": Break(
         attention_is_in_the_wrong_block,
         (
@@ -314,9 +312,7 @@ BREAKS = {
     ),
     "no QK norm on the text's Q": Break(
         qk_norm_is_dropped,
-        (
-            "blocks.0: 4 RMSNormalization expected, 3 in the graph (node_rms_norm, node_rms_norm_1, node_rms_norm_3)",
-        ),
+        ("blocks.0: 4 RMSNormalization expected, 3 in the graph (node_rms_norm, node_rms_norm_1, node_rms_norm_3)",),
         silent=("blocks.1",),
     ),
     "no norm before the text's MLP": Break(
@@ -343,7 +339,7 @@ def test_a_graph_broken_on_purpose_is_refused(
     graph = onnx.ModelProto()
     graph.CopyFrom(intact)
     broken.change(graph)
-    layers = parse_layer_list(build_layers(graph, folder, decomposable=broken.decomposable))
+    layers = build_layers(graph, folder, decomposable=broken.decomposable)
     message = refusal(graph, layers, tiny_spec)
     for fragment in broken.says:
         assert fragment in message
@@ -355,7 +351,7 @@ def test_allowing_tensorrt_to_write_attention_out_changes_nothing_where_it_can_f
     tiny_spec: ModelSpec, saved_graph: SavedGraph, build_layers: BuildLayers
 ) -> None:
     graph, folder = saved_graph(tiny_spec, "fp16")
-    layers = parse_layer_list(build_layers(graph, folder, decomposable=True))
+    layers = build_layers(graph, folder, decomposable=True)
     expected = implied_by_call(tiny_spec)
     assert check_fusion(graph, layers, expected, fused=True, profiles=1, what="test") == ATTENTIONS["plain"]
 
@@ -388,7 +384,7 @@ def test_a_miss_in_one_profile_is_enough(
     tiny_spec: ModelSpec, saved_graph: SavedGraph, build_layers: BuildLayers, profiles: dict
 ) -> None:
     graph, folder = saved_graph(tiny_spec, "fp16")
-    layers = parse_layer_list(build_layers(graph, folder, profiles["two"]))
+    layers = build_layers(graph, folder, profiles["two"])
     missed = ("_gemm_mha_v2_myl1_", "blocks.1")
     left = [layer for layer in layers if not (layer.name.startswith(missed[0]) and layer.sources[0][1] == missed[1])]
     assert len(left) == len(layers) - 1
@@ -415,9 +411,7 @@ def test_kernels_of_another_call_are_not_this_ones(tiny_spec: ModelSpec, built: 
 def test_two_attentions_in_one_kernel_are_refused(tiny_spec: ModelSpec, built: tuple) -> None:
     graph, layers = built
     both = [
-        dataclasses.replace(
-            layer, sources=(("node_Attention_4", "blocks.0"), ("node_Attention_4", "blocks.1"))
-        )
+        dataclasses.replace(layer, sources=(("node_Attention_4", "blocks.0"), ("node_Attention_4", "blocks.1")))
         for layer in layers
         if layer.is_fused_attention
     ][:1]
@@ -429,9 +423,7 @@ def test_two_attentions_in_one_kernel_are_refused(tiny_spec: ModelSpec, built: t
 def test_a_norm_without_its_modulation_is_refused(tiny_spec: ModelSpec, built: tuple) -> None:
     graph, layers = built
     norm = ("node_layer_norm_2", "blocks.0")
-    apart = [
-        dataclasses.replace(layer, sources=(norm,)) if norm in layer.sources else layer for layer in layers
-    ]
+    apart = [dataclasses.replace(layer, sources=(norm,)) if norm in layer.sources else layer for layer in layers]
     message = refusal(graph, apart, tiny_spec)
     assert "blocks.0: node_layer_norm_2 (LayerNormalization) is not fused with node_mul_" in message
     assert "; it became __myl_" in message
@@ -472,7 +464,7 @@ def test_nested_functions_are_looked_into(
         "MMDiTInner", list(attention.input), list(attention.output), name="inner", domain=last.domain
     )
     put(last, attention, call)
-    layers = parse_layer_list(build_layers(graph, folder))
+    layers = build_layers(graph, folder)
     assert ("inner/inside", "blocks.1") in {source for layer in layers for source in layer.sources}
     expected = implied_by_call(tiny_spec)
     assert check_fusion(graph, layers, expected, fused=True, profiles=1, what="test") == ATTENTIONS["plain"]

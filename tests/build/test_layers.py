@@ -218,13 +218,13 @@ def test_the_excerpt_by_call() -> None:
 
 
 def test_kernels_of_one_more_block_are_those_of_the_block(
-    tiny_spec: ModelSpec, saved_graph: Callable[..., tuple], build_layers: Callable[..., str]
+    tiny_spec: ModelSpec, saved_graph: Callable[..., tuple], build_layers: Callable[..., tuple]
 ) -> None:
     """Counting by call agrees with the definition by difference: (kernels at depth a − at depth b)/(a − b)."""
     totals, blocks = {}, {}
     for depth in (3, 4):
         graph, folder = saved_graph(dataclasses.replace(tiny_spec, depth=depth), "fp16")
-        layers = parse_layer_list(build_layers(graph, folder))
+        layers = build_layers(graph, folder)
         counts = kernels_by_call(layers, [node.name for node in graph.graph.node])
         assert "engine" not in counts
         totals[depth], blocks[depth] = sum(counts.values()), counts["blocks.1"]
@@ -233,12 +233,12 @@ def test_kernels_of_one_more_block_are_those_of_the_block(
 
 
 def test_each_profile_has_a_plan_of_its_own(
-    tiny_spec: ModelSpec, profiles: dict, saved_graph: Callable[..., tuple], build_layers: Callable[..., str]
+    tiny_spec: ModelSpec, profiles: dict, saved_graph: Callable[..., tuple], build_layers: Callable[..., tuple]
 ) -> None:
     graph, folder = saved_graph(tiny_spec, "fp16")
-    both = parse_layer_list(build_layers(graph, folder, profiles["two"]))
+    both = build_layers(graph, folder, profiles["two"])
     for profile, alone in enumerate(("one", "one size")):
-        separate = parse_layer_list(build_layers(graph, folder, profiles[alone]))
+        separate = build_layers(graph, folder, profiles[alone])
         plan = [layer for layer in both if layer.profile == profile]
         assert kernels_by_type(plan) == kernels_by_type(separate)
         assert {layer.profile for layer in separate} == {0}

@@ -13,10 +13,10 @@ import pytest
 from mmdit_deploy.bundle import open_bundle, staged_bundle
 from mmdit_deploy.errors import BundleError, MachineError
 
+SMALL_DISK = "2m"
 
-def test_a_full_disk_is_a_machine_error_and_leaves_nothing(
-    small_disk: Path, fill: Callable[..., None]
-) -> None:
+
+def test_a_full_disk_is_a_machine_error_and_leaves_nothing(small_disk: Path, fill: Callable[..., None]) -> None:
     final = small_disk / "mini"
     with pytest.raises(MachineError, match="No space left on device") as caught:
         with staged_bundle(final, force=False) as directory:
@@ -31,9 +31,7 @@ def test_a_full_disk_is_a_machine_error_and_leaves_nothing(
     open_bundle(final)
 
 
-def test_a_full_disk_keeps_the_bundle_that_was_to_be_replaced(
-    small_disk: Path, fill: Callable[..., None]
-) -> None:
+def test_a_full_disk_keeps_the_bundle_that_was_to_be_replaced(small_disk: Path, fill: Callable[..., None]) -> None:
     final = small_disk / "mini"
     with staged_bundle(final, force=False) as directory:
         fill(directory)

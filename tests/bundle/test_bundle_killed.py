@@ -104,9 +104,7 @@ def test_a_new_staging_directory_taken_for_an_abandoned_one_is_made_again(
     assert os.listdir(tmp_path) == ["mini"]
 
 
-def test_a_lock_taken_between_opening_and_locking_starts_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_taken_between_opening_and_locking_starts_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flock = staging.fcntl.flock
     calls = 0
 

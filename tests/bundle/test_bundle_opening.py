@@ -89,9 +89,7 @@ def test_a_missing_or_resized_file_is_found(bundle: Path, name: str, verify: boo
     assert caught.value.received == "no such file"
 
 
-@pytest.mark.parametrize(
-    "link", ["weights.safetensors", "engines/ort-cpu/model.ort", "engines/ort-cpu", "engines"]
-)
+@pytest.mark.parametrize("link", ["weights.safetensors", "engines/ort-cpu/model.ort", "engines/ort-cpu", "engines"])
 def test_links_are_refused_though_their_content_is_right(bundle: Path, tmp_path: Path, link: str) -> None:
     shutil.move(bundle / link, tmp_path / "elsewhere")
     (bundle / link).symlink_to(tmp_path / "elsewhere")

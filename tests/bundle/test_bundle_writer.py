@@ -89,9 +89,7 @@ def test_force_swaps_the_bundle_whole(bundle: Path, fill: Fill) -> None:
 
 
 @pytest.mark.usefixtures("any_kernel")
-def test_force_replaces_an_empty_directory_and_a_broken_bundle(
-    tmp_path: Path, bundle: Path, fill: Fill
-) -> None:
+def test_force_replaces_an_empty_directory_and_a_broken_bundle(tmp_path: Path, bundle: Path, fill: Fill) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     text = (bundle / "manifest.json").read_bytes()
@@ -164,9 +162,7 @@ def _broken_link(path: Path) -> None:
 
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("make", [_file, _directory, _web_application, _link, _broken_link])
-def test_what_is_no_bundle_is_never_replaced(
-    tmp_path: Path, make: Callable[[Path], None], force: bool
-) -> None:
+def test_what_is_no_bundle_is_never_replaced(tmp_path: Path, make: Callable[[Path], None], force: bool) -> None:
     final = tmp_path / "mini"
     make(final)
     before = _names(tmp_path)
@@ -178,9 +174,7 @@ def test_what_is_no_bundle_is_never_replaced(
 
 @pytest.mark.usefixtures("any_kernel")
 @pytest.mark.parametrize("make", [_file, _directory, Path.mkdir])
-def test_what_appeared_meanwhile_is_not_replaced(
-    tmp_path: Path, fill: Fill, make: Callable[[Path], None]
-) -> None:
+def test_what_appeared_meanwhile_is_not_replaced(tmp_path: Path, fill: Fill, make: Callable[[Path], None]) -> None:
     final = tmp_path / "mini"
     with pytest.raises(BundleError, match="when the export was done"):
         with staged_bundle(final, force=False) as directory:

@@ -25,12 +25,8 @@ def test_equals_torch(source: torch.dtype, target: torch.dtype) -> None:
 
 @pytest.mark.parametrize("source", FLOAT_DTYPES)
 @pytest.mark.parametrize("target", FLOAT_DTYPES)
-@pytest.mark.parametrize(
-    "bad", [[float("nan")], [float("inf"), float("-inf")], [float("nan"), float("-inf")]]
-)
-def test_not_finite_is_refused_with_counts(
-    source: torch.dtype, target: torch.dtype, bad: list[float]
-) -> None:
+@pytest.mark.parametrize("bad", [[float("nan")], [float("inf"), float("-inf")], [float("nan"), float("-inf")]])
+def test_not_finite_is_refused_with_counts(source: torch.dtype, target: torch.dtype, bad: list[float]) -> None:
     tensor = torch.ones(_CHUNK_ELEMENTS + 9, dtype=source)
     tensor[-len(bad) :] = torch.tensor(bad, dtype=source)
     nans = sum(value != value for value in bad)

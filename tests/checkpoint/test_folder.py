@@ -211,11 +211,7 @@ def test_pickles_are_refused_with_the_reason(folder: Path, tmp_path: Path, suffi
     shutil.copy(path, folder / f"{NAME}{suffix}")
     for where in (path, folder):
         message = refusal(where)
-        assert (
-            "CVE-2025-32434" in message
-            and "executes code" in message
-            and "safe_serialization=True" in message
-        )
+        assert "CVE-2025-32434" in message and "executes code" in message and "safe_serialization=True" in message
 
 
 def test_single_files_are_refused(folder: Path, tmp_path: Path) -> None:

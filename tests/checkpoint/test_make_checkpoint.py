@@ -55,8 +55,6 @@ def test_every_block_changes_the_output(maker: ModuleType, tmp_path: Path) -> No
     with torch.no_grad():
         whole = model(**inputs, return_dict=False)[0]
         assert whole.isfinite().all() and 0.1 < whole.std() < 10
-        for index in range(
-            len(model.transformer_blocks) - 1
-        ):  # the last block gives no text, it cannot be skipped
+        for index in range(len(model.transformer_blocks) - 1):  # the last block gives no text, it cannot be skipped
             part = model(**inputs, skip_layers=[index], return_dict=False)[0]
             assert (part - whole).norm() > 0.05 * whole.norm()

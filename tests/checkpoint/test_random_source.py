@@ -50,9 +50,7 @@ def test_values_are_the_raw_words_of_philox() -> None:
     """Written out plainly, without chunks: what another program has to do to get the same weights."""
     count = 2 * _CHUNK_VALUES + 5
     digest = hashlib.sha256(b"mmdit-deploy random weights 1\0" + b"3" + b"\0" + b"some.key").digest()
-    key = np.array(
-        [int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little")], dtype=np.uint64
-    )
+    key = np.array([int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little")], dtype=np.uint64)
     words = np.random.Philox(key=key).random_raw(-(-count // 4))
     integers = np.frombuffer(words.astype("<u8").tobytes(), dtype="<i2")[:count]
     expected = integers.astype(np.float32) * np.float32(math.sqrt(3) * 0.5 / 32768) + np.float32(0.25)

@@ -92,18 +92,14 @@ def test_layouts_that_cannot_be() -> None:
         ({"a": torch.ones(2, device="meta")}, "on the CPU"),
     ],
 )
-def test_tensors_that_are_not_the_layouts(
-    tmp_path: Path, tensors: dict[str, torch.Tensor], fragment: str
-) -> None:
+def test_tensors_that_are_not_the_layouts(tmp_path: Path, tensors: dict[str, torch.Tensor], fragment: str) -> None:
     layout = plan_layout([("a", torch.float32, (2,)), ("b", torch.float32, (2,))])
     with pytest.raises(ValueError, match=fragment):
         write_safetensors(tmp_path / "w.safetensors", layout, tensors.items())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_is_too_small_is_known_before_writing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_is_too_small_is_known_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1000, 990, 10))
     layout = plan_layout(ENTRIES)

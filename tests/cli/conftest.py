@@ -198,9 +198,7 @@ def quick() -> tuple[str, ...]:
 
 
 @pytest.fixture
-def refuse(
-    run: Callable[..., Any], dist: Path, ranges: tuple[str, ...], quick: tuple[str, ...]
-) -> Callable[..., str]:
+def refuse(run: Callable[..., Any], dist: Path, ranges: tuple[str, ...], quick: tuple[str, ...]) -> Callable[..., str]:
     """Runs an export that must be refused: ``refuse(2, arguments, words…)``; gives what it says."""
 
     def call(status: int, arguments: list[str | Path], *words: str) -> str:

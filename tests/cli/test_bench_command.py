@@ -24,9 +24,7 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda model: fail)
 
 
-def test_the_report(
-    run: Callable[..., Any], exported: tuple[Path, Any], no_compiler: None, tmp_path: Path
-) -> None:
+def test_the_report(run: Callable[..., Any], exported: tuple[Path, Any], no_compiler: None, tmp_path: Path) -> None:
     out = tmp_path / "new" / "latency.json"
     result = run("bench", exported[0], "--rounds", "3", "--json", "-o", out)
     assert result.status == 0, result.err

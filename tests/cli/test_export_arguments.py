@@ -16,22 +16,16 @@ def test_a_depth_that_is_none(refuse: Callable[..., str], depth: str) -> None:
 
 
 @pytest.mark.parametrize("option", ["--batch", "--img-tokens", "--txt-tokens"])
-@pytest.mark.parametrize(
-    "text", ["8:4:16", "4:16:8", "0:4:8", "1:2", "a:b:c", "1:2:3:4", "-1:2:3", "", "1.5"]
-)
+@pytest.mark.parametrize("text", ["8:4:16", "4:16:8", "0:4:8", "1:2", "a:b:c", "1:2:3:4", "-1:2:3", "", "1.5"])
 def test_a_range_that_is_none(refuse: Callable[..., str], option: str, text: str) -> None:
-    refuse(
-        2, ["--depth", "1", f"{option}={text}", "--img-tokens", "4:8:16"][: 5 if "img" not in option else 3]
-    )
+    refuse(2, ["--depth", "1", f"{option}={text}", "--img-tokens", "4:8:16"][: 5 if "img" not in option else 3])
 
 
 def test_more_image_tokens_than_positions(refuse: Callable[..., str]) -> None:
     refuse(2, ["--depth", "1", "--img-tokens", "1:1:100000"], "192 × 192 = 36864", "100000")
 
 
-@pytest.mark.parametrize(
-    "names", [["blocks.2"], ["blocks.01"], ["sample"], ["blocks.1", "blocks.1"], ["blocks.-1"]]
-)
+@pytest.mark.parametrize("names", [["blocks.2"], ["blocks.01"], ["sample"], ["blocks.1", "blocks.1"], ["blocks.-1"]])
 def test_an_output_that_is_none(refuse: Callable[..., str], checkpoint: Path, names: list[str]) -> None:
     options = [word for name in names for word in ("--outputs", name)]
     refuse(2, [checkpoint, *options], "blocks.0 to blocks.1, each once", names[0])
@@ -68,9 +62,7 @@ def test_an_unknown_preset_or_recipe(refuse: Callable[..., str]) -> None:
     refuse(2, ["--recipe", "sd4-fp2"], "sd3-medium-fp16")
 
 
-def test_a_checkpoint_of_another_architecture_than_the_recipes(
-    refuse: Callable[..., str], checkpoint: Path
-) -> None:
+def test_a_checkpoint_of_another_architecture_than_the_recipes(refuse: Callable[..., str], checkpoint: Path) -> None:
     refuse(2, [checkpoint, "--recipe", "sd3-medium-fp16"], "sd3-medium", "depth 2, expected 24")
     refuse(2, [checkpoint, "--preset", "sd3.5-large"], "num_heads 2, expected 38")
 

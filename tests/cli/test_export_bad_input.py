@@ -49,12 +49,8 @@ def header(weights: Path, change: Callable[[dict[str, Any]], object]) -> None:
     weights.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
 
 
-@pytest.mark.parametrize(
-    ("begin", "end"), [(0, 10**15), (-4, 4), (4, 0), (2**63, 2**63 + 4), (8, 12)], ids=str
-)
-def test_a_header_that_lies_about_offsets(
-    refuse: Callable[..., str], folder: Any, begin: int, end: int
-) -> None:
+@pytest.mark.parametrize(("begin", "end"), [(0, 10**15), (-4, 4), (4, 0), (2**63, 2**63 + 4), (8, 12)], ids=str)
+def test_a_header_that_lies_about_offsets(refuse: Callable[..., str], folder: Any, begin: int, end: int) -> None:
     header(folder.weights, lambda h: h[KEY].update(data_offsets=[begin, end]))
     refuse(2, [folder.path], folder.weights.name)
 
@@ -94,9 +90,7 @@ def test_keys_are_listed_by_name(refuse: Callable[..., str], folder: Any) -> Non
 
 
 @pytest.mark.parametrize(("value", "words"), [(float("nan"), "1 NaN"), (float("inf"), "1 Inf")])
-def test_weights_that_are_not_finite(
-    refuse: Callable[..., str], folder: Any, value: float, words: str
-) -> None:
+def test_weights_that_are_not_finite(refuse: Callable[..., str], folder: Any, value: float, words: str) -> None:
     folder.edit(lambda t: t[KEY].view(-1)[7].fill_(value))
     refuse(2, [folder.path, "--no-verify"], KEY, words)
 
@@ -122,9 +116,7 @@ def test_an_unknown_field(refuse: Callable[..., str], folder: Any) -> None:
         ("dual_attention_layers", [7]), ("patch_size", None), ("pos_embed_max_size", -1),
     ],
 )  # fmt: skip
-def test_a_config_that_is_none_of_a_model(
-    refuse: Callable[..., str], folder: Any, field: str, value: Any
-) -> None:
+def test_a_config_that_is_none_of_a_model(refuse: Callable[..., str], folder: Any, field: str, value: Any) -> None:
     refuse(2, [folder.edit_config(**{field: value})])
 
 
@@ -134,9 +126,7 @@ def test_a_config_that_is_not_json(refuse: Callable[..., str], folder: Any) -> N
 
 
 @pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "model.ckpt", "model.pt"])
-def test_pickle_files_are_not_loaded(
-    refuse: Callable[..., str], folder: Any, tmp_path: Path, name: str
-) -> None:
+def test_pickle_files_are_not_loaded(refuse: Callable[..., str], folder: Any, tmp_path: Path, name: str) -> None:
     class Bomb:
         def __reduce__(self) -> tuple[Any, ...]:
             return (Path(tmp_path / "exploded").touch, ())

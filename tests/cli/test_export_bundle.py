@@ -69,9 +69,7 @@ def test_json_is_one_document_on_standard_output(exported: tuple[Path, Any], che
 def test_the_engine_runs(exported: tuple[Path, Any]) -> None:
     engine = Engine.load(exported[0])
     inputs = {
-        t.name: torch.zeros(
-            t.shape({"batch": 1, "img_tokens": 4, "txt_tokens": 1}), dtype=getattr(torch, t.dtype)
-        )
+        t.name: torch.zeros(t.shape({"batch": 1, "img_tokens": 4, "txt_tokens": 1}), dtype=getattr(torch, t.dtype))
         for t in engine.contract.inputs
     }
     assert engine(inputs)["sample"].shape == (1, 4, 12)
@@ -179,18 +177,14 @@ def test_the_default_path_is_named_after_model_and_precision(
 def test_block_outputs_are_outputs_of_the_graph(
     run: Callable[..., Any], checkpoint: Path, dist: Path, quick: tuple[str, ...]
 ) -> None:
-    result = run(
-        "export", checkpoint, *quick, "-o", dist / "b", "--outputs", "blocks.1", "--outputs", "blocks.0"
-    )
+    result = run("export", checkpoint, *quick, "-o", dist / "b", "--outputs", "blocks.1", "--outputs", "blocks.0")
     assert result.status == 0, result.err
     for name in ("model.onnx", "model.ort.onnx"):
         model = onnx.load(dist / "b" / name, load_external_data=False)
         assert [o.name for o in model.graph.output] == ["sample", "blocks.1", "blocks.0"]
     engine = Engine.load(dist / "b")
     inputs = {
-        t.name: torch.ones(
-            t.shape({"batch": 2, "img_tokens": 6, "txt_tokens": 3}), dtype=getattr(torch, t.dtype)
-        )
+        t.name: torch.ones(t.shape({"batch": 2, "img_tokens": 6, "txt_tokens": 3}), dtype=getattr(torch, t.dtype))
         for t in engine.contract.inputs
     }
     outputs = engine(inputs)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ import pytest
 
 from mmdit_deploy.bundle import open_bundle
 from mmdit_deploy.export import pipeline
+
+SMALL_DISK = "33m"  # as much as is asked for, and less than may be there in the end
 
 
 def test_onnxruntime_is_missed_by_the_name_of_its_extra(
@@ -36,22 +37,6 @@ def test_graphs_and_unverified_bundles_need_no_onnxruntime(
     assert run("export", checkpoint, *quick, "--no-verify", "-o", dist / "a").status == 0
     assert run("export", checkpoint, *quick, "--graph-only", "-o", dist / "b").status == 0
     open_bundle(dist / "a")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 33 MiB: as much as is asked for, and less than may be there in the end."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=33m", "tmpfs", str(disk)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("there is no mount command")
-    if mounted.returncode:
-        pytest.skip(f"mounting a tmpfs is not permitted here: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_disk_that_is_too_small_from_the_start(

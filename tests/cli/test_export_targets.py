@@ -70,7 +70,7 @@ def test_an_engine_for_this_machines_gpu_where_there_is_none(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     arguments: list[str | Path] = ["--depth", "1", "--target", "trt"]
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    refuse(3, arguments, "the target trt needs the package 'tensorrt'", "pip install tensorrt")
+    refuse(3, arguments, "the target trt needs the package 'tensorrt'", "pip install 'mmdit-deploy[trt]'")
     monkeypatch.setitem(sys.modules, "tensorrt", types.ModuleType("tensorrt"))
     refuse(3, arguments, "torch finds no GPU here", "--target rtx:sm89")
 

@@ -49,9 +49,7 @@ def test_reports(run: Callable[..., Any], exported: tuple[Path, Any], tmp_path: 
     assert "PASS" in html.read_text(encoding="utf-8")
 
 
-def test_a_wrong_bundle_is_status_1(
-    run: Callable[..., Any], broken: Path, checkpoint: Path, tmp_path: Path
-) -> None:
+def test_a_wrong_bundle_is_status_1(run: Callable[..., Any], broken: Path, checkpoint: Path, tmp_path: Path) -> None:
     junit = tmp_path / "junit.xml"
     result = run("verify", broken, "--checkpoint", checkpoint, "--json", "--junit", junit)
     assert result.status == 1 and "FAIL" in result.err
@@ -72,18 +70,14 @@ def test_with_the_checkpoint_every_block_is_compared(
     }
 
 
-def test_other_weights_of_the_same_shape_fail(
-    run: Callable[..., Any], exported: tuple[Path, Any], folder: Any
-) -> None:
+def test_other_weights_of_the_same_shape_fail(run: Callable[..., Any], exported: tuple[Path, Any], folder: Any) -> None:
     folder.edit(lambda t: t["transformer_blocks.1.attn.to_out.0.weight"].mul_(1.1))
     result = run("verify", exported[0], "--checkpoint", folder.path, "--json")
     assert result.status == 1
     assert next(c for c in result.json["checks"] if not c["passed"])["name"] == "blocks.1"
 
 
-def test_another_architecture_is_refused(
-    run: Callable[..., Any], exported: tuple[Path, Any], folder: Any
-) -> None:
+def test_another_architecture_is_refused(run: Callable[..., Any], exported: tuple[Path, Any], folder: Any) -> None:
     folder.edit_config(sample_size=64)
     said = run("verify", exported[0], "--checkpoint", folder.path).refused(2, "pos_base_size 32")
     assert "the bundle has 16" in said

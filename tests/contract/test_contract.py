@@ -42,9 +42,7 @@ def test_the_table_of_the_design() -> None:
         "pooled_projections": (("batch", 2048), "float16"),
         "img_ids": (("img_tokens", 2), "float32"),
     }
-    assert {t.name: (t.axes, t.dtype) for t in contract.outputs} == {
-        "sample": (("batch", "img_tokens", 64), "float16")
-    }
+    assert {t.name: (t.axes, t.dtype) for t in contract.outputs} == {"sample": (("batch", "img_tokens", 64), "float16")}
     assert {axis: str(r) for axis, r in contract.ranges.items()} == {
         "batch": "1:2:4",
         "img_tokens": "256:4096:16384",

@@ -25,9 +25,7 @@ SMALL = {"batch": Range(1, 1, 1), "img_tokens": Range(4, 16, 16), "txt_tokens": 
 @pytest.fixture
 def request_(tiny_spec: ModelSpec, tmp_path: Path) -> ExportRequest:
     """A small export to ``tmp_path/out/b``."""
-    return ExportRequest(
-        tiny_spec, RandomWeights(0), PRECISIONS["fp16"], out=tmp_path / "out" / "b", ranges=SMALL
-    )
+    return ExportRequest(tiny_spec, RandomWeights(0), PRECISIONS["fp16"], out=tmp_path / "out" / "b", ranges=SMALL)
 
 
 @pytest.fixture

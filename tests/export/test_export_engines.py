@@ -93,8 +93,7 @@ def test_what_was_not_run_is_not_called_run(exported: Callable[..., Any]) -> Non
     (item,) = rtx["not_executed"]
     assert item.startswith("the engine: built, not executed: the engine rtx:sm89 needs an NVIDIA GPU")
     assert rtx["executed"] == [
-        "its graph, one call of each of 8 kinds, 9 cases: "
-        "ONNX Runtime on CPU, fp16 through casts around fp32 kernels"
+        "its graph, one call of each of 8 kinds, 9 cases: ONNX Runtime on CPU, fp16 through casts around fp32 kernels"
     ]
     assert not any(check["level"] == "engine" for check in rtx["checks"])
     kinds = {"conditioning", "img_embed", "txt_embed", "modulations.0.img", "modulations.2.txt", "final"}
@@ -204,9 +203,7 @@ def test_a_fusion_miss_leaves_no_bundle(
     graphs_of(deep_spec, "fp16", ("trt", "standard"))  # before lowering is broken
     broken: Sequence[Pass] = (*DIALECTS["trt"], Pass("broken", _softmax_for_gelu))
     monkeypatch.setitem(DIALECTS, "trt", tuple(broken))
-    request = ExportRequest(
-        deep_spec, RandomWeights(0), PRECISIONS["fp16"], targets=("rtx:sm89",), out=tmp_path / "b"
-    )
+    request = ExportRequest(deep_spec, RandomWeights(0), PRECISIONS["fp16"], targets=("rtx:sm89",), out=tmp_path / "b")
     with traced_once(), pytest.raises(GraphError) as caught:
         export(request)
     said = str(caught.value.received)

@@ -95,10 +95,14 @@ def test_several_profiles_are_several_plans(built: Callable[..., Any]) -> None:
     parsed = tuple(map(parse_profile, profiles))
     one, two = built(), built(profiles=parsed)
     entry = two.fields["engines"]["rtx:sm89"]
-    assert entry["profiles"] == two.fields["contract"]["profiles"] == [
-        {"batch": [1, 1, 1], "img_tokens": [16, 16, 16], "txt_tokens": [2, 8, 16]},
-        {"batch": [2, 2, 2], "img_tokens": [4, 16, 48], "txt_tokens": [8, 8, 8]},
-    ]
+    assert (
+        entry["profiles"]
+        == two.fields["contract"]["profiles"]
+        == [
+            {"batch": [1, 1, 1], "img_tokens": [16, 16, 16], "txt_tokens": [2, 8, 16]},
+            {"batch": [2, 2, 2], "img_tokens": [4, 16, 48], "txt_tokens": [8, 8, 8]},
+        ]
+    )
     assert entry["fused_attentions"] == dict.fromkeys(BLOCKS, 1)  # in the plan of each
     assert 1.5 < entry["kernels"]["total"] / one.result.engines["rtx:sm89"].kernels < 2.5
     assert any("kernels, 2 profiles, 3 of 3 attentions fused" in line for line in two.said)

@@ -58,10 +58,10 @@ class Calls:
         )
         outputs = ", ".join(f"float[B,1,R{i}] m{i}" for i in range(len(self.inputs)))
         proto = onnx.parser.parse_model(
-            f'''<ir_version: 11, opset_import: ["": 23, "mmdit": 1]>
+            f"""<ir_version: 11, opset_import: ["": 23, "mmdit": 1]>
             g (float[B,{WIDTH}] c, float[B,{WIDTH}] d) => ({outputs}) {{ {calls} }}
             <domain: "mmdit", opset_import: ["": 23]>
-            Modulation (x, w, b) => (y) {{ one = Constant<value = int64[1] {{1}}>() {self.body} }}'''
+            Modulation (x, w, b) => (y) {{ one = Constant<value = int64[1] {{1}}>() {self.body} }}"""
         )
         shapes = {f"w{i}": (ROWS[i], WIDTH) for i in self.weights} | {f"b{i}": (ROWS[i],) for i in self.biases}
         files: dict[str, bytes] = {}

@@ -76,15 +76,11 @@ def test_a_second_run_changes_nothing(name: str) -> None:
 
 
 def test_data_that_only_moves_is_not_rounded_again() -> None:
-    text = (
-        GRAPH % "t = Transpose<perm=[1,0]>(w)  u = Transpose<perm=[1,0]>(t)  p = MatMul(x, u)  y = Add(p, b)"
-    )
+    text = GRAPH % "t = Transpose<perm=[1,0]>(w)  u = Transpose<perm=[1,0]>(t)  p = MatMul(x, u)  y = Add(p, b)"
     model = parse(text)
     emulate_bf16.apply(model)
     roundings = [
-        node
-        for node in model.graph
-        if node.op_type == "Cast" and node.outputs[0].dtype == ir.DataType.BFLOAT16
+        node for node in model.graph if node.op_type == "Cast" and node.outputs[0].dtype == ir.DataType.BFLOAT16
     ]
     assert len(roundings) == 3  # after MatMul and Add, and at the graph's edge
 
@@ -93,9 +89,7 @@ def test_what_is_fp32_stays_fp32() -> None:
     """A near miss: a graph in fp32 is not touched, and neither is an fp32 output of a bf16 graph."""
     model = parse(GRAPHS["flat"].replace("bfloat16", "float"))
     assert emulate_bf16.apply(model) == 0
-    mixed = parse(
-        GRAPH.replace("bfloat16[N,3] y", "float[N,3] y") % "p = MatMul(x, w) q = Add(p, b) y = Cast<to=1>(q)"
-    )
+    mixed = parse(GRAPH.replace("bfloat16[N,3] y", "float[N,3] y") % "p = MatMul(x, w) q = Add(p, b) y = Cast<to=1>(q)")
     emulate_bf16.apply(mixed)
     assert mixed.graph.outputs[0].dtype == ir.DataType.FLOAT
     received = execute(mixed, inputs(), torch.float32)

@@ -66,9 +66,7 @@ def test_casts_of_weights_come_along(
 ) -> None:
     """In the emulated dialect a call reads its weights through casts; the part has them, and no others."""
     dialect = "ort-emulated-bf16"
-    folder = save_graphs(
-        tmp_path, tiny_spec, RandomWeights(2), graphs_of(tiny_spec, "bf16", (dialect,)), "bf16"
-    )
+    folder = save_graphs(tmp_path, tiny_spec, RandomWeights(2), graphs_of(tiny_spec, "bf16", (dialect,)), "bf16")
     part = extract_call(onnx.load(folder / f"model.{dialect}.onnx", load_external_data=False), "blocks.1")
     assert {n.op_type for n in part.graph.node} == {"MMDiTLastJointBlock", "Cast"}
     weights = {i.name for i in part.graph.initializer}

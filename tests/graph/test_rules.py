@@ -77,9 +77,7 @@ def norm(weight: str, scale: str = "float[B,1,8]", shift: str = "float[B,1,8]") 
     }}"""
 
 
-def dense(
-    x: str = "float[B,N,8]", bias: str = "float[6]", perm: str = "[1,0]", weight: str = "float[6,8]"
-) -> str:
+def dense(x: str = "float[B,N,8]", bias: str = "float[6]", perm: str = "[1,0]", weight: str = "float[6,8]") -> str:
     return f"""g ({x} x, {weight} w, {bias} b) => (float[B,N,6] y) {{
       t = Transpose<perm={perm}>(w)
       m = MatMul(x, t)
@@ -107,9 +105,7 @@ CASES = {
             "masked": attention("{0,0,16}", extra=", mask"),
             "tokens and heads merged": attention("{0,-1,8}").replace("float[B,N,16] y", "float[B,P,8] y"),
             "batch and tokens merged": attention("{1,-1,16}").replace("float[B,N,16] y", "float[1,P,16] y"),
-            "transposed otherwise": attention("{0,-1,16}").replace(
-                " t = Transpose<perm=[0,2,1,3]>", " t = Identity"
-            ),
+            "transposed otherwise": attention("{0,-1,16}").replace(" t = Transpose<perm=[0,2,1,3]>", " t = Identity"),
         },
     ),
     "multi-head attention": Case(
@@ -120,9 +116,7 @@ CASES = {
             "causal": flat_attention("q_num_heads=2, kv_num_heads=2, is_causal=1"),
             "soft-capped": flat_attention("q_num_heads=2, kv_num_heads=2, softcap=2.0"),
             "masked": flat_attention("q_num_heads=2, kv_num_heads=2", extra=", mask"),
-            "grouped heads": flat_attention("q_num_heads=4, kv_num_heads=2").replace(
-                "float[B,M,16]", "float[B,M,8]"
-            ),
+            "grouped heads": flat_attention("q_num_heads=4, kv_num_heads=2").replace("float[B,M,16]", "float[B,M,8]"),
             "four axes": attention("{0,0,16}"),
         },
     ),
@@ -174,9 +168,7 @@ def test_a_near_miss_stays(name: str, near_miss: str) -> None:
     assert CASES[name].rule.apply(model) == 0
     assert ops(model) == before
     if near_miss not in ("causal", "soft-capped"):  # not of these models, and not every kernel takes them
-        assert np.isfinite(
-            execute(model)
-        ).all()  # a graph that could run: the rule was not spared a broken one
+        assert np.isfinite(execute(model)).all()  # a graph that could run: the rule was not spared a broken one
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -50,9 +50,7 @@ def spec_with(spec: ModelSpec, name: str) -> ModelSpec:
 def count_by_hand(graph: onnx.ModelProto, op_type: str) -> int:
     """Nodes that one run executes, counted on the proto and not by the code under test."""
     bodies = {f.name: f for f in graph.functions}
-    return sum(
-        sum(inner.op_type == op_type for inner in bodies[node.op_type].node) for node in graph.graph.node
-    )
+    return sum(sum(inner.op_type == op_type for inner in bodies[node.op_type].node) for node in graph.graph.node)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -315,10 +313,7 @@ def test_the_emulated_dialect_rounds_like_bf16(
     """Neither as exact as fp32, nor worse than bf16 may be."""
     graphs = graphs_of(tiny_spec, "bf16", DIALECT_LIST)
     folder = save_graphs(tmp_path, tiny_spec, RandomWeights(1), graphs, "bf16")
-    feed = {
-        n: t.bfloat16() if n not in ("timestep", "img_ids") else t
-        for n, t in sample_inputs(tiny_spec).items()
-    }
+    feed = {n: t.bfloat16() if n not in ("timestep", "img_ids") else t for n, t in sample_inputs(tiny_spec).items()}
     session = open_session(folder / "model.ort-emulated-bf16.onnx", "ort-cpu")
     received = run_session(session, feed, [("sample", torch.bfloat16, (2, 35, tiny_spec.out_dim))])["sample"]
     with torch.inference_mode():

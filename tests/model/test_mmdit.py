@@ -102,9 +102,7 @@ def test_kinds_do_not_grow_with_depth(tiny_spec: ModelSpec) -> None:
 def test_an_output_that_is_no_block_is_refused(tiny_spec: ModelSpec, name: str) -> None:
     with pytest.raises(SpecError) as caught:
         calls(tiny_spec, (name,))
-    assert (
-        caught.value.rule == "an output is named blocks.0 to blocks.1" and repr(name) == caught.value.received
-    )
+    assert caught.value.rule == "an output is named blocks.0 to blocks.1" and repr(name) == caught.value.received
 
 
 @pytest.mark.parametrize("spec", [*PRESETS.values(), from_depth(2)], ids=lambda s: s.name)
@@ -157,9 +155,7 @@ def test_samples_of_a_batch_do_not_mix(tiny_spec: ModelSpec, eager_model: Eager)
 
 @torch.inference_mode()
 def test_build_takes_sizes_alone() -> None:
-    model = MMDiT.build(
-        img_dim=12, txt_dim=20, hidden_size=64, depth=2, num_heads=2, mlp_ratio=3, pooled_dim=10
-    )
+    model = MMDiT.build(img_dim=12, txt_dim=20, hidden_size=64, depth=2, num_heads=2, mlp_ratio=3, pooled_dim=10)
     assert (model.spec.img_dim, model.spec.out_dim, model.spec.width, model.spec.mlp_width) == (
         12,
         12,
@@ -170,9 +166,7 @@ def test_build_takes_sizes_alone() -> None:
     out = model(torch.ones(3, 24, 12), torch.ones(3, 5, 20), torch.ones(3), torch.ones(3, 10))
     assert tuple(out.shape) == model.output_size(batch=3, img_tokens=24) == (3, 24, 12)
     assert model.output_size() == (1, 64, 12)
-    explicit = model(
-        torch.ones(3, 24, 12), torch.ones(3, 5, 20), torch.ones(3), torch.ones(3, 10), grid_ids(4, 6)
-    )
+    explicit = model(torch.ones(3, 24, 12), torch.ones(3, 5, 20), torch.ones(3), torch.ones(3, 10), grid_ids(4, 6))
     assert torch.equal(out, explicit)
 
 

@@ -125,7 +125,5 @@ def test_the_file_holds_the_page(make_verdict: MakeVerdict, tmp_path: Path) -> N
     path = tmp_path / "report.html"
     write_html([make_verdict()], path, title="Parity", facts={"spec": "4 blocks"})
 
-    assert path.read_text("utf-8") == verdict_html(
-        [make_verdict()], title="Parity", facts={"spec": "4 blocks"}
-    )
+    assert path.read_text("utf-8") == verdict_html([make_verdict()], title="Parity", facts={"spec": "4 blocks"})
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]

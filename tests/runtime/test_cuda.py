@@ -41,14 +41,10 @@ def spec(tiny_spec: ModelSpec) -> ModelSpec:
 
 
 @pytest.fixture(scope="module", params=["fp16", "fp32"])
-def cuda_bundle(
-    request: pytest.FixtureRequest, spec: ModelSpec, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def cuda_bundle(request: pytest.FixtureRequest, spec: ModelSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("cuda") / f"tiny-{request.param}"
     precision = PRECISIONS[request.param]
-    wanted = ExportRequest(
-        spec, RandomWeights(0), precision, ("ort-cuda",), out=out, ranges=RANGES, verify=False
-    )
+    wanted = ExportRequest(spec, RandomWeights(0), precision, ("ort-cuda",), out=out, ranges=RANGES, verify=False)
     export(wanted)
     return out
 

@@ -225,9 +225,7 @@ def _drop_gate(model: onnx.ModelProto, name: str, value: str, part: int) -> None
     product.CopyFrom(onnx.helper.make_node("Identity", [rest], list(product.output)))
 
 
-def _before(
-    model: onnx.ModelProto, name: str, value: str, op: str, constants: Sequence[onnx.TensorProto]
-) -> None:
+def _before(model: onnx.ModelProto, name: str, value: str, op: str, constants: Sequence[onnx.TensorProto]) -> None:
     """Let a function read ``op(value, *constants)`` in the place of one of its inputs."""
     body = function(model, name)
     for node in body.node:
@@ -237,9 +235,7 @@ def _before(
     names = [f"{value}.constant{i}" for i in range(len(constants))]
     nodes = [
         *(onnx.helper.make_node("Constant", [], [n], value=t) for n, t in zip(names, constants, strict=True)),
-        onnx.helper.make_node(
-            op, [value, *names], [f"{value}.changed"], **({"axis": 1} if op == "Gather" else {})
-        ),
+        onnx.helper.make_node(op, [value, *names], [f"{value}.changed"], **({"axis": 1} if op == "Gather" else {})),
         *body.node,
     ]
     del body.node[:]
@@ -315,9 +311,7 @@ FAULTS: dict[str, Fault] = {
         "blocks.1", lambda t: _flip_exponent_bit(t, f"{_BLOCK1}.ff.net.0.proj.weight")
     ),
     "exponent bit flipped at the end": Fault("final", lambda t: _flip_exponent_bit(t, "proj_out.weight")),
-    "pooled text ignored": Fault(
-        "conditioning", lambda t: _zero(t, "time_text_embed.text_embedder.linear_2")
-    ),
+    "pooled text ignored": Fault("conditioning", lambda t: _zero(t, "time_text_embed.text_embedder.linear_2")),
     "blocks exchanged": Fault("blocks.0", lambda t: _exchange(t, "transformer_blocks", {"0.ff": "1.ff"})),
     "another seed": Fault("conditioning", _other_seed),
 }

@@ -38,8 +38,7 @@ def test_every_case_is_within_the_contract(
     batch: tuple[int, ...], img: tuple[int, ...], txt: tuple[int, ...], thorough: bool
 ) -> None:
     ranges = {
-        axis: Range(*sorted(sizes))
-        for axis, sizes in (("batch", batch), ("img_tokens", img), ("txt_tokens", txt))
+        axis: Range(*sorted(sizes)) for axis, sizes in (("batch", batch), ("img_tokens", img), ("txt_tokens", txt))
     }
     contract = Contract.of(SPEC, FP16, ranges)
     cases = default_cases(contract, thorough=thorough)

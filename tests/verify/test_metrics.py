@@ -42,9 +42,7 @@ def test_cosine_alone_would_miss_a_scale() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_nan_and_inf_are_counted_and_never_within(bad: float, dtype: torch.dtype) -> None:
     received = torch.tensor([1.0, bad, 2.0, bad], dtype=dtype)
-    errors = compare(
-        received, torch.tensor([1.0, bad, 2.0, bad])
-    )  # not even where the reference has them too
+    errors = compare(received, torch.tensor([1.0, bad, 2.0, bad]))  # not even where the reference has them too
     assert errors.nonfinite == 2
     assert math.isnan(errors.rel_l2) and math.isnan(errors.cosine)
     assert not within(errors, Tolerance(-1.0, math.inf, "anything goes"))
@@ -76,9 +74,7 @@ def test_large_values_do_not_overflow() -> None:
     assert compare(x.bfloat16(), x).rel_l2 < 4e-3
 
 
-@given(
-    st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=50), st.integers(0, 49), st.floats(0.5, 2)
-)
+@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=50), st.integers(0, 49), st.floats(0.5, 2))
 def test_rel_l2_is_the_norm_of_the_difference(values: list[float], place: int, by: float) -> None:
     reference = torch.tensor(values, dtype=torch.float64)
     received = reference.clone()

@@ -22,9 +22,7 @@ from mmdit_deploy.verify.reference import DIGEST_SIZE, MAX_BYTES, pick
 SHAPE = (1, 256, 1536)  # one image of 256 tokens in the width of SD3
 
 
-def test_a_healthy_bundle_passes_against_what_was_recorded(
-    healthy: Callable[[str], Path], precision: str
-) -> None:
+def test_a_healthy_bundle_passes_against_what_was_recorded(healthy: Callable[[str], Path], precision: str) -> None:
     verdict = verify_bundle(healthy(precision))
     assert verdict.passed
     assert "recorded in reference.safetensors" in verdict.reference

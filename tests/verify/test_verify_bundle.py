@@ -77,9 +77,7 @@ def test_a_bundle_without_a_reference_says_what_to_do(copy_of: Callable[[str], A
 @pytest.mark.parametrize(
     ("target", "error"), [("tpu", UsageError), ("rtx:sm89", MachineError), ("ort-cuda", MachineError)]
 )
-def test_an_engine_that_the_bundle_lacks(
-    healthy: Callable[[str], Path], target: str, error: type[Exception]
-) -> None:
+def test_an_engine_that_the_bundle_lacks(healthy: Callable[[str], Path], target: str, error: type[Exception]) -> None:
     with pytest.raises(error, match="ort-cpu"):
         verify_bundle(healthy("fp16"), target=target)
 
@@ -87,16 +85,12 @@ def test_an_engine_that_the_bundle_lacks(
 def test_the_whole_engine_is_skipped_where_memory_is_short(
     healthy: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "mmdit_deploy.verify.engine.available_memory", lambda: 1000
-    )
+    monkeypatch.setattr("mmdit_deploy.verify.engine.available_memory", lambda: 1000)
     verdict = verify_bundle(healthy("fp16"))
     assert verdict.passed  # the calls one by one are enough, and the verdict says that they are all
     assert _levels(verdict) == {"local", "cumulative", "output"}
     (item,) = verdict.not_executed
-    assert (
-        item.startswith("the whole engine in one session: it needs about") and "0.0 GiB are available" in item
-    )
+    assert item.startswith("the whole engine in one session: it needs about") and "0.0 GiB are available" in item
     assert not any("whole engine" in item for item in verdict.executed)
     text = verdict_text(verdict)
     assert "NOT executed" in text and "the whole engine in one session" in text.split("NOT executed")[-1]

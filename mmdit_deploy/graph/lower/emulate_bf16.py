@@ -12,9 +12,7 @@ import onnx_ir as ir
 
 from mmdit_deploy.graph.passes import Pass
 
-MOVES_DATA = frozenset(
-    "Concat Expand Flatten Gather Identity Reshape Slice Split Squeeze Transpose Unsqueeze".split()
-)
+MOVES_DATA = frozenset("Concat Expand Flatten Gather Identity Reshape Slice Split Squeeze Transpose Unsqueeze".split())
 
 
 def _emulate(model: ir.Model) -> int:
@@ -93,9 +91,7 @@ def _only_widened(value: ir.Value) -> bool:
     )
 
 
-def _append_casts(
-    body: ir.Graph | ir.Function, node: ir.Node, out: ir.Value, types: tuple[ir.DataType, ...]
-) -> None:
+def _append_casts(body: ir.Graph | ir.Function, node: ir.Node, out: ir.Value, types: tuple[ir.DataType, ...]) -> None:
     """Let every reader of `out`, and the body's outputs, read it through a chain of casts."""
     uses, last, last_node = list(out.uses()), out, node
     for type_ in types:
