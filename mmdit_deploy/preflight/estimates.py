@@ -1,4 +1,4 @@
-"""What an export will need, known before anything heavy: memory, disk and rough time of each stage, or a refusal.
+"""How much memory, disk and time each stage takes: measured figures, and what follows from them for a spec.
 
 Memory is anonymous resident memory, as everywhere in this project. Mapped weights are counted apart: the kernel can
 drop their pages, and then reads them again.
@@ -7,11 +7,7 @@ drop their pages, and then reads them again.
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -19,10 +15,9 @@ from mmdit_deploy.build import Target
 from mmdit_deploy.checkpoint.keys import parameters
 from mmdit_deploy.checkpoint.weights import weights_layout
 from mmdit_deploy.contract import Contract
-from mmdit_deploy.errors import MachineError, UsageError
-from mmdit_deploy.hashed_file import check_free_space
 from mmdit_deploy.model import calls
 from mmdit_deploy.model.partition import call_bytes, partition
+from mmdit_deploy.preflight.plan import Plan, Stage, gb
 from mmdit_deploy.runtime.memory import available_memory
 from mmdit_deploy.spec import PRECISIONS, ModelSpec, Precision
 from mmdit_deploy.verify.cases import default_cases
@@ -66,110 +61,6 @@ VERIFY_MEMORY = 350_000_000
 VERIFY_BLOCK_FACTOR = 3  # over the largest call's weights in fp32 (eager call, session, its copy): fitted to 1.06 GB
 VERIFY_BYTES_PER_TOKEN_AND_CHANNEL = 8  # computed, not measured: both chains' streams, of all cases at once
 
-_MORE_MEMORY = "free memory, or run this on a machine that has more"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of an export and what it needs.
-
-    Args:
-        name: e.g. ``build rtx:sm89 (2 segments)``.
-        seconds: roughly.
-        memory_bytes: anonymous memory at its peak; the stage is refused where it is not available.
-        mapped_bytes: weights that are mapped while it works. Where they do not fit too, they are read again.
-        disk_bytes: that it adds to the bundle.
-        remedy: what to do where the memory does not suffice.
-    """
-
-    name: str
-    seconds: float
-    memory_bytes: int
-    mapped_bytes: int = 0
-    disk_bytes: int = 0
-    remedy: str = _MORE_MEMORY
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "seconds": round(self.seconds, 1),
-            "memory_bytes": self.memory_bytes,
-            "mapped_bytes": self.mapped_bytes,
-            "disk_bytes": self.disk_bytes,
-        }
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What an export will do, stage after stage, and what it needs.
-
-    Args:
-        parameters: of the model.
-        weights_bytes: of the weights file.
-        stages: in order.
-        segments: by TensorRT target, into how many engines the model is cut.
-        available_memory: bytes, when the plan was made.
-    """
-
-    parameters: int
-    weights_bytes: int
-    stages: tuple[Stage, ...]
-    segments: Mapping[str, int]
-    available_memory: int
-
-    @property
-    def disk_bytes(self) -> int:
-        return sum(stage.disk_bytes for stage in self.stages)
-
-    @property
-    def memory_bytes(self) -> int:
-        return max(stage.memory_bytes for stage in self.stages)
-
-    @property
-    def seconds(self) -> float:
-        return sum(stage.seconds for stage in self.stages)
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What fits, but not comfortably."""
-        return tuple(
-            f"{stage.name}: {_gb(stage.memory_bytes)} and {_gb(stage.mapped_bytes)} of mapped weights do not fit "
-            f"together into {_gb(self.available_memory)}; weights will be read from the disk more than once"
-            for stage in self.stages
-            if stage.memory_bytes <= self.available_memory < stage.memory_bytes + stage.mapped_bytes
-        )
-
-    def text(self) -> str:
-        """A table for people; ends without a newline."""
-        rows: list[tuple[str, ...]] = [("stage", "rough time", "memory", "mapped", "disk")]
-        for s in self.stages:
-            amounts = (_gb(s.memory_bytes), *(_gb(n) if n else "–" for n in (s.mapped_bytes, s.disk_bytes)))
-            rows.append((s.name, rough_time(s.seconds), *amounts))
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        table = ["  ".join(["", row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-        return "\n".join(
-            [
-                f"{self.parameters / 1e9:.3f} B parameters, weights file {self.weights_bytes / 1e9:.3f} GB, "
-                f"disk needed {self.disk_bytes / 1e9:.3f} GB, memory {_gb(self.memory_bytes)} "
-                f"({_gb(self.available_memory)} available), about {rough_time(self.seconds)}",
-                *table,
-                *(f"  warning: {warning}" for warning in self.warnings),
-            ]
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "parameters": self.parameters,
-            "weights_bytes": self.weights_bytes,
-            "disk_bytes": self.disk_bytes,
-            "memory_bytes": self.memory_bytes,
-            "available_memory_bytes": self.available_memory,
-            "seconds": round(self.seconds, 1),
-            "segments": dict(self.segments),
-            "stages": [stage.to_json() for stage in self.stages],
-            "warnings": list(self.warnings),
-        }
-
 
 def make_plan(
     spec: ModelSpec,
@@ -193,24 +84,16 @@ def make_plan(
         memory: bytes available; what this process may still take where not given.
 
     Raises:
-        UsageError: there are not as many blocks as segments, or no target that is cut into segments.
+        UsageError: there are not as many blocks as segments.
     """
     memory = available_memory() if memory is None else memory
     cut = [target for target in targets if target.flavour is not None]
-    if segments is not None and not cut:
-        raise UsageError(
-            "segments are what a TensorRT engine is cut into",
-            received=f"--segments {segments} with {', '.join(target.name for target in targets)}",
-            fix="drop --segments, or add a TensorRT target, e.g. --target rtx:sm89",
-        )
     table = parameters(spec)
     numel = sum(p.numel for p in table)
     total = weights_layout(spec, getattr(torch, precision.dtype), {"format": "pt"}).total_bytes
     stages = [Stage("graph", GRAPH_SECONDS, GRAPH_MEMORY, disk_bytes=GRAPH_DISK)]
     counts: dict[str, int] = {}
     largest_of = _largest_segment(spec, precision)
-    if segments is not None:
-        largest_of(segments)  # refuses a number that cannot be, also where nothing is built
     if not graph_only:
         largest = max(math.prod(part.shape) for p in table for part in p.parts)
         stages.append(
@@ -231,49 +114,6 @@ def make_plan(
         if verify:
             stages += _verifications(spec, numel, targets, default_cases(contract, thorough=thorough), memory, thorough)
     return Plan(numel, total, tuple(stages), counts, memory)
-
-
-def check_plan(plan: Plan, directory: Path) -> None:
-    """Refuse a plan that this machine has no room for. Nothing is written.
-
-    Args:
-        directory: where the bundle goes; it and its parents need not be there.
-
-    Raises:
-        MachineError: a stage needs more memory than there is, or the bundle more disk.
-    """
-    available = plan.available_memory
-    short = [stage for stage in plan.stages if stage.memory_bytes > available]
-    if short:
-        needs = ", ".join(f"{stage.name} needs {_gb(stage.memory_bytes)}" for stage in short)
-        raise MachineError(
-            "every stage must fit into the memory that is available",
-            received=f"{needs}; {_gb(available)} are available",
-            fix="; ".join(dict.fromkeys(stage.remedy for stage in short)),
-        )
-    # The parents of the bundle are made with it; the disk is that of the first one there is.
-    parent = next(p for p in directory.absolute().parents if os.path.isdir(p))
-    try:
-        check_free_space(parent / directory.name, plan.disk_bytes)
-    except MachineError as error:
-        parts = ", ".join(f"{stage.name} {_gb(stage.disk_bytes)}" for stage in plan.stages if stage.disk_bytes)
-        fewer = ", or build fewer targets" if len(plan.segments) > 1 else ""
-        raise MachineError(
-            f"{directory} needs {_gb(plan.disk_bytes)} on the disk: {parts}",
-            received=error.received,
-            fix=f"{error.fix}{fewer}",
-        ) from None
-
-
-def rough_time(seconds: float) -> str:
-    """A time that is known to a digit or two: ``9 s``, ``12 min``, ``2.5 h``."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _gb(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB"
 
 
 def _largest_segment(spec: ModelSpec, precision: Precision) -> Callable[[int], int]:
@@ -307,7 +147,7 @@ def _build(
     if auto != count and _build_memory(largest_of(auto), profiles) <= memory:
         remedy = f"--segments {auto}, or --segments auto"
     else:
-        needed = _gb(_build_memory(largest_of(auto), profiles))
+        needed = gb(_build_memory(largest_of(auto), profiles))
         remedy = f"build {target.name} where there is more memory: even in {auto} segments it takes {needed}"
     return Stage(
         f"build {target.name} ({count} segment{'s' if count > 1 else ''})",
