@@ -7,12 +7,12 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from mmdit_deploy.build import parse_target, stepped_dialect_of
+from mmdit_deploy.build import Target, parse_target, stepped_dialect_of
 from mmdit_deploy.bundle import Bundle, open_bundle
 from mmdit_deploy.checkpoint.weights import RandomWeights, WeightSource, open_weights
-from mmdit_deploy.errors import BundleError, UsageError
+from mmdit_deploy.errors import BundleError, MachineError, MMDiTError, UsageError
 from mmdit_deploy.graph.lower import lower
-from mmdit_deploy.runtime import check_runs_here, engine_files, engine_graph, runnable_target
+from mmdit_deploy.runtime import check_runnable, check_runs_here, engine_files, engine_graph, runnable_target
 from mmdit_deploy.verify import (
     EngineUnderTest,
     Reference,
@@ -52,20 +52,9 @@ def verify_bundle(
         UsageError: the checkpoint is another model's, the options contradict each other, or there is no such target.
         MachineError: the bundle lacks the engine, or it cannot run here.
     """
-    if full and checkpoint is not None:
-        raise UsageError(
-            "the weights come from a checkpoint, or are made again from the bundle's seed",
-            received="--full and --checkpoint",
-            fix="drop one of them: both compare every block",
-        )
-    if thorough and checkpoint is None and not full:
-        raise UsageError(
-            "--thorough needs the weights: reference.safetensors holds the shapes of the export only",
-            received="--thorough alone",
-            fix="add --checkpoint PATH, or --full for random weights",
-        )
+    _check_options(target, checkpoint, full, thorough, whole)
     bundle = open_bundle(path)
-    engine = _engine(bundle, target, whole)
+    engine = _engine(bundle, _target(bundle, target, whole), whole)
     if checkpoint is not None or full:
         cases = default_cases(bundle.contract, thorough=thorough)
         return verify_against_weights(engine, _source(bundle, checkpoint), cases, progress=progress)[0]
@@ -79,20 +68,58 @@ def verify_bundle(
     return verify_against_reference(engine, origin, Reference(bundle.file(FILE_NAME)), progress=progress)
 
 
-def _engine(bundle: Bundle, name: str, whole: bool) -> EngineUnderTest:
-    target = parse_target(runnable_target(bundle) if name == "auto" else name)
+def _check_options(target: str, checkpoint: str | Path | None, full: bool, thorough: bool, whole: bool) -> None:
+    """What the options alone decide, before the bundle or the machine is looked at."""
+    if full and checkpoint is not None:
+        raise UsageError(
+            "the weights come from a checkpoint, or are made again from the bundle's seed",
+            received="--full and --checkpoint",
+            fix="drop one of them: both compare every block",
+        )
+    if thorough and checkpoint is None and not full:
+        raise UsageError(
+            "--thorough needs the weights: reference.safetensors holds the shapes of the export only",
+            received="--thorough alone",
+            fix="add --checkpoint PATH, or --full for random weights",
+        )
+    if target != "auto" and parse_target(target).flavour is not None and not whole:
+        raise _cannot_be_stepped(target)
+
+
+def _cannot_be_stepped(engines: str) -> UsageError:
+    return UsageError(
+        f"{engines} is run whole: a TensorRT engine cannot be stepped through",
+        received="--blocks-only",
+        fix="drop it, or verify an ONNX Runtime engine (--engine ort-cpu)",
+    )
+
+
+def _target(bundle: Bundle, name: str, whole: bool) -> Target:
+    """The engine to verify; ``auto`` takes one that runs here, and can be stepped through where no whole one is run."""
+    if name != "auto":
+        return parse_target(name)
+    engines = bundle.manifest.fields["engines"]
+    if whole or not engines:
+        return parse_target(runnable_target(bundle))
+    refusal: MMDiTError = _cannot_be_stepped(", ".join(engines))
+    for target in ("ort-cuda", "ort-cpu"):  # the faster one first
+        if target in engines:
+            try:
+                check_runnable(bundle, target)
+            except MachineError as error:
+                refusal = error
+            else:
+                return parse_target(target)
+    raise refusal
+
+
+def _engine(bundle: Bundle, target: Target, whole: bool) -> EngineUnderTest:
     if target.flavour is None:
         record, files = None, [engine_graph(bundle, target.name)]
         graph = onnx.load(files[0], load_external_data=False)
     else:
         record, files = engine_files(bundle, target.name)
         check_runs_here(record, target)
-        if not whole:
-            raise UsageError(
-                f"{target.name} is run whole: a TensorRT engine cannot be stepped through",
-                received="--blocks-only",
-                fix="drop it, or name an ONNX Runtime engine with --engine",
-            )
         graph = onnx.load(bundle.file("model.onnx"), load_external_data=False)
         dialect = stepped_dialect_of(target, bundle.precision)
         if dialect != "standard":

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-from mmdit_deploy import preflight as module
 from mmdit_deploy.build import check_targets
 from mmdit_deploy.contract import Contract, parse_profile
 from mmdit_deploy.errors import MachineError, UsageError
-from mmdit_deploy.preflight import Plan, check_plan, make_plan, rough_time
+from mmdit_deploy.preflight import Plan, Stage, check_plan, estimates, make_plan, rough_time
 from mmdit_deploy.spec import PRECISIONS, ModelSpec, from_depth, preset
 
 GIB = 2**30
@@ -57,7 +56,7 @@ def refusal(plan: Plan, directory: Path) -> MachineError:
     return caught.value
 
 
-def build_of(plan: Plan) -> module.Stage:
+def build_of(plan: Plan) -> Stage:
     (stage,) = [s for s in plan.stages if s.name.startswith("build")]
     return stage
 
@@ -92,7 +91,7 @@ def test_no_fewer_segments_would_do() -> None:
 
 def test_half_the_model_takes_half_the_memory() -> None:
     whole, half = (build_of(plan_of(segments=n)) for n in (1, 2))
-    fixed = module.PROCESS_MEMORY + module.BUILD_MEMORY
+    fixed = estimates.PROCESS_MEMORY + estimates.BUILD_MEMORY
     assert (half.memory_bytes - fixed) / (whole.memory_bytes - fixed) == pytest.approx(0.5, abs=0.01)
     assert (half.seconds, half.disk_bytes) == (whole.seconds, whole.disk_bytes)
 
@@ -213,16 +212,9 @@ def test_random_weights_take_longer_than_a_checkpoint() -> None:
 
 
 @pytest.mark.parametrize("segments", [0, 39])
-@pytest.mark.parametrize("graph_only", [False, True])
-def test_a_model_has_as_many_segments_as_blocks_at_most(segments: int, graph_only: bool) -> None:
+def test_a_model_has_as_many_segments_as_blocks_at_most(segments: int) -> None:
     with pytest.raises(UsageError, match="1 to 38 segments"):
-        plan_of(segments=segments, graph_only=graph_only)
-
-
-def test_segments_without_a_tensorrt_target_are_refused() -> None:
-    with pytest.raises(UsageError, match="TensorRT engine") as caught:
-        plan_of(("ort-cpu",), segments=2)
-    assert caught.value.received == "--segments 2 with ort-cpu"
+        plan_of(segments=segments)
 
 
 def test_a_small_disk_is_refused_with_what_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +234,7 @@ def test_a_small_disk_is_refused_with_what_takes_it(tmp_path: Path, monkeypatch:
 
 
 def test_memory_is_asked_for_where_it_is_not_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "available_memory", lambda: 10**8)
+    monkeypatch.setattr(estimates, "available_memory", lambda: 10**8)
     error = refusal(plan_of(("ort-cpu",), memory=None), tmp_path / "b")
     assert "graph needs 0.40 GB" in str(error.received) and "0.10 GB are available" in str(error.received)
 

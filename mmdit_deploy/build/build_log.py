@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
+
+from mmdit_deploy.build.progress import BuildProgress
+from mmdit_deploy.errors import GraphError
 
 Log = Callable[[str], None]
 
 # Said once per node and call: a local function's nodes have the same names wherever it is called. The layer list names
 # the call site as well, so nothing is lost.
 _REPEATED_NAME = re.compile(r"A node named .* already exists, the output tensors of this new instance")
+# The fix of what TensorRT fails at; where the log is comes after it.
+REPORT = "export again with the versions in constraints.txt; if that does not help, report this as a bug"
 _LAYERS = "Layers:\n"  # how the message with the layer list begins
 
 
@@ -47,6 +55,36 @@ class BuildLog:
         self.errors, self.layers = [], ""
         self._write(f"== {title}")
 
+    def note(self, text: str) -> None:
+        """A line of ours, for who reads the file."""
+        self._write(f"-- {text}")
+
+    @contextmanager
+    def kept_on_failure(self) -> Iterator[None]:
+        """What TensorRT fails at inside keeps a copy of this log: the bundle that it lies in will not be.
+
+        Raises:
+            GraphError: that was raised inside; its fix names the copy, in the system's folder for temporary files.
+        """
+        try:
+            yield
+        except GraphError as error:
+            raise GraphError(error.rule, received=error.received, fix=f"{error.fix}; {self._keep()}") from error
+
+    def _keep(self) -> str:
+        try:
+            if self._file is not None:
+                self._file.flush()
+            with tempfile.NamedTemporaryFile(prefix="mmdit-deploy-build-", suffix=".log", delete=False) as copy:
+                try:
+                    shutil.copyfile(self._path, copy.name)
+                except OSError:
+                    Path(copy.name).unlink()
+                    raise
+        except OSError as error:
+            return f"its build log could not be kept: {error}"
+        return f"build log: {copy.name}"
+
     def message(self, severity: str, text: str) -> None:
         """One message of the builder.
 
@@ -72,14 +110,19 @@ class BuildLog:
             self._file.write(line + "\n")
 
 
-def trt_logger(trt: Any, log: BuildLog) -> Any:
-    """The log as TensorRT wants it. The class can only be made where the module is."""
+def trt_logger(trt: Any, log: BuildLog, progress: BuildProgress) -> Any:
+    """The log as TensorRT wants it. The class can only be made where the module is.
+
+    Args:
+        progress: of the build; is cancelled where a message cannot be written or told.
+    """
 
     class _Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            log.message(severity.name, message)
+            with progress.callback():
+                log.message(severity.name, message)
 
     return _Logger()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Sequence
@@ -12,11 +11,11 @@ from typing import Any
 
 import onnx
 
-from mmdit_deploy.atomic import write_whole
-from mmdit_deploy.build.build_log import BuildLog, trt_logger
+from mmdit_deploy.build.build_log import REPORT, BuildLog, trt_logger
 from mmdit_deploy.build.flavours import Flavour
 from mmdit_deploy.build.layers import EngineLayer, parse_inspector, parse_layer_list
 from mmdit_deploy.build.progress import BuildProgress, run_cancellable, trt_monitor
+from mmdit_deploy.build.timing_cache import TimingCache
 from mmdit_deploy.contract import Profile
 from mmdit_deploy.errors import GraphError, MachineError
 from mmdit_deploy.hashed_file import HashedFile, WrittenFile
@@ -56,22 +55,24 @@ def build_engine(
         destination: the engine file; must not exist.
         log: open; gets the builder's messages.
         profiles: at least one.
-        capabilities: target names of compute capabilities, e.g. ``("sm89",)``; empty for this machine's GPU.
+        capabilities: target names of compute capabilities, e.g. ``("sm89",)``; empty for torch's current GPU.
         fused_attention: whether attention must be one kernel; else it is marked decomposable.
         progress: where the build is; cancels it.
 
     Raises:
         MissingPackageError: the flavour is not installed.
         GraphError: TensorRT cannot parse or build the graph; says what it said.
-        MachineError: the disk is full, or memory ran out.
+        MachineError: the flavour is too old, the disk is full, or memory ran out.
         KeyboardInterrupt: Ctrl-C; no file is left.
+        CancelledError: `progress` was cancelled.
+        BaseException: what `progress`'s report or `log`'s warning raised.
     """
     trt = flavour.load(f"building with {flavour.name}")
     progress = progress or BuildProgress(None)
-    logger = trt_logger(trt, log)
+    logger = trt_logger(trt, log, progress)
     start = time.perf_counter()
     with HashedFile(destination, _weight_bytes(graph)) as file:
-        writer = _stream_writer(trt, file)
+        writer = _stream_writer(trt, file, progress)
 
         def work() -> tuple[bool, str]:
             builder = trt.Builder(logger)
@@ -80,35 +81,38 @@ def build_engine(
             _parse(trt, network, logger, graph, weights_folder)
             if not fused_attention:
                 _allow_decomposition(trt, network)
-            config = builder.create_builder_config()
-            config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the layer list names ONNX nodes
+            config = _config(trt, builder, flavour, capabilities)
             config.progress_monitor = trt_monitor(trt, progress)
-            config.clear_flag(trt.BuilderFlag.TF32)  # on by default: an fp32 engine would have fp16's 11 bits
             for profile in profiles:
                 config.add_optimization_profile(_optimization_profile(builder, graph, profile))
-            if capabilities:
-                config.num_compute_capabilities = len(capabilities)
-                for i, sm in enumerate(capabilities):
-                    config.set_compute_capability(getattr(trt.ComputeCapability, sm.upper()), i)
-            if flavour.hardware_compatibility is not None:
-                level = getattr(trt.HardwareCompatibilityLevel, flavour.hardware_compatibility)
-                config.hardware_compatibility_level = level
-            timings = _TimingCache(flavour, config) if flavour.timing_cache else None
+            timings = TimingCache(flavour, config, log) if flavour.timing_cache else None
             built = bool(builder.build_serialized_network_to_stream(network, config, writer))
             if built and timings is not None:
                 timings.save()
             return built, log.layers
 
         built, listed = run_cancellable(work, progress)
-        if writer.error is not None:
-            raise writer.error
         if not built:
             raise _failure(flavour, graph, log)
     if flavour.layer_list == "inspector":
-        layers = parse_inspector(_inspect(trt, logger, destination))
+        layers = parse_inspector(run_cancellable(lambda: _inspect(trt, logger, destination, log), progress))
     else:
         layers = parse_layer_list(listed)
     return BuiltEngine(file.written, layers, time.perf_counter() - start)
+
+
+def _config(trt: Any, builder: Any, flavour: Flavour, capabilities: Sequence[str]) -> Any:
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the layer list names ONNX nodes
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default: an fp32 engine would have fp16's 11 bits
+    if capabilities:
+        config.num_compute_capabilities = len(capabilities)
+        for i, sm in enumerate(capabilities):
+            config.set_compute_capability(getattr(trt.ComputeCapability, sm.upper()), i)
+    if flavour.hardware_compatibility is not None:
+        level = getattr(trt.HardwareCompatibilityLevel, flavour.hardware_compatibility)
+        config.hardware_compatibility_level = level
+    return config
 
 
 def _parse(trt: Any, network: Any, logger: Any, graph: onnx.ModelProto, weights_folder: Path) -> None:
@@ -119,7 +123,7 @@ def _parse(trt: Any, network: Any, logger: Any, graph: onnx.ModelProto, weights_
         raise GraphError(
             f"TensorRT's parser must understand the graph {graph.graph.name}",
             received="; ".join(map(_parser_error, errors))[:1500] or "it gave no reason",
-            fix="see build.log; report this as a bug",
+            fix=REPORT,
         )
 
 
@@ -149,61 +153,47 @@ def _optimization_profile(builder: Any, graph: onnx.ModelProto, profile: Profile
     return made
 
 
-def _stream_writer(trt: Any, file: HashedFile) -> Any:
+def _stream_writer(trt: Any, file: HashedFile, progress: BuildProgress) -> Any:
     class _Writer(trt.IStreamWriter):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
-            self.error: OSError | None = None
 
         def write(self, data: bytes) -> int:
-            """No exception may cross the builder: it is told that nothing was written, and fails."""
-            try:
+            written = 0  # where putting it fails; the builder fails then, too
+            with progress.callback():
                 file.put(data)
-            except OSError as error:
-                self.error = error
-                return 0
-            return len(data)
+                written = len(data)
+            return written
 
     return _Writer()
 
 
-class _TimingCache:
-    """Measured kernel timings of this GPU, kept between builds in the user's cache folder."""
-
-    def __init__(self, flavour: Flavour, config: Any):
-        import torch
-
-        gpu = hashlib.sha256(torch.cuda.get_device_name().encode()).hexdigest()[:16]
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmdit-deploy"
-        self._path = root / f"{flavour.module}-{flavour.version()}-{gpu}.timing"
-        self._cache = config.create_timing_cache(self._path.read_bytes() if self._path.is_file() else b"")
-        config.set_timing_cache(self._cache, False)
-
-    def save(self) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self._path, bytes(self._cache.serialize()))
-
-
-def _inspect(trt: Any, logger: Any, engine_file: Path) -> str:
+def _inspect(trt: Any, logger: Any, engine_file: Path, log: BuildLog) -> str:
     """The layer list of an engine on the disk; needs the GPU that it is for."""
     engine = trt.Runtime(logger).deserialize_cuda_engine(engine_file.read_bytes())
     if engine is None:
-        raise MachineError("a built engine must load on this GPU", received="TensorRT refused it", fix="see build.log")
+        raise MachineError(
+            "a built engine must load on this GPU",
+            received=_said(log),
+            fix="check the GPU's free memory and its driver (nvidia-smi)",
+        )
     listed: str = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     return listed
 
 
 def _failure(flavour: Flavour, graph: onnx.ModelProto, log: BuildLog) -> GraphError | MachineError:
-    said = " ".join(log.errors).strip() or "it gave no reason"
+    said = _said(log)
     if "OutOfMemory" in said or "out of memory" in said.lower() or "bad_alloc" in said:
         return MachineError(
             f"{flavour.name} needs more memory to build {graph.graph.name}",
-            received=said[:600],
+            received=said,
             fix="--segments with a larger number",
         )
-    return GraphError(
-        f"{flavour.name} must be able to build {graph.graph.name}", received=said[:1500], fix="see build.log"
-    )
+    return GraphError(f"{flavour.name} must be able to build {graph.graph.name}", received=said, fix=REPORT)
+
+
+def _said(log: BuildLog) -> str:
+    return " ".join(log.errors).strip()[:1500] or "it gave no reason"
 
 
 def _weight_bytes(graph: onnx.ModelProto) -> int:

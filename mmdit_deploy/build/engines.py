@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 
 from mmdit_deploy.build.build_log import BuildLog
-from mmdit_deploy.build.engine_builder import build_engine
+from mmdit_deploy.build.engine_builder import BuiltEngine, build_engine
 from mmdit_deploy.build.flavours import Flavour
 from mmdit_deploy.build.gate import check_fusion
 from mmdit_deploy.build.layers import EngineLayer, kernels_by_call, kernels_by_type
@@ -24,6 +24,7 @@ from mmdit_deploy.graph.census import implied_by_call
 from mmdit_deploy.graph.extract import extract_segment
 from mmdit_deploy.graph.lower import lower
 from mmdit_deploy.graph.lower.batched_modulation import batched_modulation
+from mmdit_deploy.graph.modulations import check_modulations
 from mmdit_deploy.hashed_file import WrittenFile
 from mmdit_deploy.spec import ModelSpec, Precision
 
@@ -55,9 +56,11 @@ def build_target(
 
     Raises:
         MissingPackageError: the flavour is not installed.
-        GraphError: TensorRT cannot build the graph, or did not fuse what the spec implies.
-        MachineError: the disk is full, or memory ran out.
+        GraphError: TensorRT cannot build the graph, or did not fuse what the spec implies; names a copy of the build
+            log, which stays when the bundle's folder goes.
+        MachineError: the flavour is too old, the disk is full, or memory ran out.
         KeyboardInterrupt: Ctrl-C.
+        BaseException: what `log` raised.
     """
     flavour = target.flavour
     if flavour is None:
@@ -75,39 +78,24 @@ def build_target(
             build_log.begin(what)
             graph = _lowered(extract_segment(standard, calls, f"{spec.name}.{i}"), dialect_of(target, precision), calls)
             file = f"{target.folder}/segment-{i}.engine"
-            built = build_engine(
-                flavour,
-                graph,
-                folder,
-                folder / file,
-                build_log,
-                profiles=contract.profiles,
-                capabilities=target.capabilities,
-                fused_attention=fused,
-                progress=BuildProgress(_reporter(what, log)),
-            )
-            attentions = check_fusion(
-                graph,
-                built.layers,
-                implied_by_call(spec, calls),
-                fused=fused,
-                profiles=len(contract.profiles),
-                what=what,
-            )
-            layers[file], files[file] = built.layers, built.file
-            records.append(
-                SegmentRecord(
-                    file=file,
-                    nbytes=built.file.size,
-                    calls=tuple(calls),
-                    inputs=_tensors(graph.graph.input),
-                    outputs=_tensors(graph.graph.output),
-                    kernels_by_type=kernels_by_type(built.layers),
-                    kernels_by_call=kernels_by_call(built.layers, calls),
-                    fused_attentions=attentions,
-                    seconds=built.seconds,
+            progress = BuildProgress(_reporter(what, log))
+            with build_log.kept_on_failure():
+                built = build_engine(
+                    flavour,
+                    graph,
+                    folder,
+                    folder / file,
+                    build_log,
+                    profiles=contract.profiles,
+                    capabilities=target.capabilities,
+                    fused_attention=fused,
+                    progress=progress,
                 )
-            )
+                expected = implied_by_call(spec, calls)
+                profiles = len(contract.profiles)
+                attentions = check_fusion(graph, built.layers, expected, fused=fused, profiles=profiles, what=what)
+            layers[file], files[file] = built.layers, built.file
+            records.append(_segment_record(file, calls, graph, built, attentions))
     record = EngineRecord(
         target=target.name,
         flavour=flavour.name,
@@ -124,17 +112,35 @@ def build_target(
     return record, hashes
 
 
+def _segment_record(
+    file: str, calls: Sequence[str], graph: onnx.ModelProto, built: BuiltEngine, attentions: Mapping[str, int]
+) -> SegmentRecord:
+    return SegmentRecord(
+        file=file,
+        nbytes=built.file.size,
+        calls=tuple(calls),
+        inputs=_tensors(graph.graph.input),
+        outputs=_tensors(graph.graph.output),
+        kernels_by_type=kernels_by_type(built.layers),
+        kernels_by_call=kernels_by_call(built.layers, calls),
+        fused_attentions=attentions,
+        seconds=built.seconds,
+    )
+
+
 def _lowered(graph: onnx.ModelProto, dialect: str, calls: Sequence[str]) -> onnx.ModelProto:
     lowered, results = lower(ir.from_proto(graph), dialect)
-    modulations = sum(call.split(".")[0] in ("modulations", "final_modulation") for call in calls)
+    modulations = [call for call in calls if call.split(".")[0] in ("modulations", "final_modulation")]
     batched = {result.name: result.count for result in results}[batched_modulation.name]
-    if modulations > 1 and batched != modulations:
+    if len(modulations) > 1 and batched != len(modulations):
         raise GraphError(
-            f"{graph.graph.name} has one product for all of its {modulations} modulations",
+            f"{graph.graph.name} has one product for all of its {len(modulations)} modulations",
             received=f"{batched} of them are in it",
             fix="report this as a bug: the build would take a third more memory",
         )
-    return ir.to_proto(lowered)
+    made = ir.to_proto(lowered)
+    check_modulations(made, graph, modulations)
+    return made
 
 
 def _reporter(what: str, log: Log) -> Callable[[str, int, int], None]:
@@ -151,17 +157,10 @@ def _tensors(values: Sequence[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:
         TensorSpec(
             value.name,
             tuple(d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim),
-            _TORCH_NAMES[value.type.tensor_type.elem_type],
+            onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name,  # torch's name too
         )
         for value in values
     )
-
-
-_TORCH_NAMES: Mapping[int, str] = {
-    onnx.TensorProto.FLOAT: "float32",
-    onnx.TensorProto.FLOAT16: "float16",
-    onnx.TensorProto.BFLOAT16: "bfloat16",
-}
 
 
 def _capabilities(flavour: Flavour, target: Target) -> tuple[str, ...]:

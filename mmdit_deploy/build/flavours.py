@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Literal
 
-from mmdit_deploy.errors import MissingPackageError
+from mmdit_deploy.errors import MachineError, MissingPackageError
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Flavour:
         name: how people call it.
         module: what is imported.
         distributions: the packages that bring the module; the first that is installed says the version.
-        install: the command that installs it.
+        minimum: the first version that will do.
+        install: the command that installs one that will.
         capabilities: compute capabilities that it builds for without a GPU, by target name (``sm89``) and as CUDA
             writes them; empty where it builds for this machine's GPU only.
         fused_attention: precisions that have a fused attention kernel. For the others attention is written out.
@@ -33,6 +35,7 @@ class Flavour:
     name: str
     module: str
     distributions: tuple[str, ...]
+    minimum: str
     install: str
     capabilities: Mapping[str, str]
     fused_attention: frozenset[str]
@@ -49,15 +52,24 @@ class Flavour:
 
         Raises:
             MissingPackageError: it is not installed, or one of its libraries is missing.
+            MachineError: it is older than the first that will do.
         """
         try:
-            return importlib.import_module(self.module)
+            module = importlib.import_module(self.module)
         except (ImportError, OSError) as error:
             package = self.distributions[0]
             missing = getattr(error, "name", None) == self.module
             raise MissingPackageError(
                 package, purpose=purpose, install=self.install, found=None if missing else str(error)
             ) from None
+        version = getattr(module, "__version__", None) or self.version()
+        if version is not None and not self._will_do(version):
+            raise MachineError(
+                f"{purpose} needs {self.name} {self.minimum} or later",
+                received=f"{self.name} {version}",
+                fix=self.install,
+            )
+        return module
 
     def version(self) -> str | None:
         """The installed version, without importing it; None where it is not installed."""
@@ -68,11 +80,27 @@ class Flavour:
                 continue
         return None
 
+    @property
+    def installed(self) -> bool:
+        """Whether a version that will do is installed; nothing is imported."""
+        version = self.version()
+        return version is not None and self._will_do(version)
+
+    def _will_do(self, version: str) -> bool:
+        return _numbers(version) >= _numbers(self.minimum)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """``10.15.1.29.post1`` as (10, 15, 1, 29)."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, match[0].split("."))) if match else ()
+
 
 RTX = Flavour(
     name="TensorRT-RTX",
     module="tensorrt_rtx",
     distributions=("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
+    minimum="1.7",
     install="pip install 'mmdit-deploy[rtx]'",
     # trt.ComputeCapability of 1.7
     capabilities={"sm75": "7.5", "sm80": "8.0", "sm86": "8.6", "sm89": "8.9", "sm120": "12.0", "sm121": "12.1"},
@@ -87,6 +115,7 @@ TENSORRT = Flavour(
     name="TensorRT",
     module="tensorrt",
     distributions=("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+    minimum="10.15",  # the first whose parser has RMSNormalization
     install="pip install 'mmdit-deploy[trt]'",
     capabilities={},
     fused_attention=frozenset({"fp16", "bf16"}),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import onnx
 
+from mmdit_deploy.build.build_log import REPORT
 from mmdit_deploy.build.layers import EngineLayer
 from mmdit_deploy.errors import GraphError
 from mmdit_deploy.graph.census import OPS
@@ -70,8 +71,7 @@ def check_fusion(
         raise GraphError(
             f"{what}: each attention of the spec {how}, and each norm is part of a kernel",
             received="\n            ".join(problems[:_SHOWN] + more),
-            fix="export again with the versions in constraints.txt; "
-            "if that does not help, report this as a bug, with the build log",
+            fix=REPORT,
         )
     return {block: expected[block]["Attention"] if fused else 0 for block in blocks}
 

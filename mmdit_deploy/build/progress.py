@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -24,6 +26,7 @@ class BuildProgress:
         self._steps: dict[str, int] = {}
         self._last = time.monotonic()
         self._cancel = threading.Event()
+        self._failure: BaseException | None = None
 
     def cancel(self) -> None:
         """End the build at its next step."""
@@ -32,6 +35,27 @@ class BuildProgress:
     @property
     def cancelled(self) -> bool:
         return self._cancel.is_set()
+
+    @contextmanager
+    def callback(self) -> Iterator[None]:
+        """Around what the builder calls, which no exception may cross: what is raised inside cancels the build."""
+        try:
+            yield
+        except BaseException as error:
+            self._failure = self._failure or error
+            self.cancel()
+
+    def check(self) -> None:
+        """After the builder has returned.
+
+        Raises:
+            BaseException: the first that a callback raised.
+            CancelledError: somebody has cancelled the build.
+        """
+        if self._failure is not None:
+            raise self._failure
+        if self.cancelled:
+            raise CancelledError("the build was cancelled")
 
     def start(self, phase: str, steps: int) -> None:
         self._steps[phase] = steps
@@ -59,19 +83,25 @@ def trt_monitor(trt: Any, progress: BuildProgress) -> Any:
             pass
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            return progress.step(phase_name, step)
+            go_on = False
+            with progress.callback():
+                go_on = progress.step(phase_name, step)
+            return go_on
 
     return _Monitor()
 
 
 def run_cancellable(work: Callable[[], T], progress: BuildProgress) -> T:
-    """Run work in a thread, so that Ctrl-C is seen while the builder computes.
+    """Run work in a thread, so that Ctrl-C is seen while the builder computes. Torch's current GPU is the caller's.
 
     Python runs signal handlers in the main thread, between its own steps; inside one long call of C++ there are none.
 
     Raises:
         KeyboardInterrupt: Ctrl-C, after the builder has stopped.
+        CancelledError: `progress` was cancelled.
+        BaseException: what one of the builder's callbacks raised, or else the work.
     """
+    take_gpu = _current_gpu()
     result: list[T] = []
     failure: list[BaseException] = []
     # Not `Thread.join`: Python 3.11 takes a thread for ended when Ctrl-C interrupts it.
@@ -81,6 +111,7 @@ def run_cancellable(work: Callable[[], T], progress: BuildProgress) -> T:
         begin.wait()
         try:
             if not progress.cancelled:
+                take_gpu()
                 result.append(work())
         except BaseException as error:
             failure.append(error)
@@ -104,6 +135,20 @@ def run_cancellable(work: Callable[[], T], progress: BuildProgress) -> T:
             interrupt = error
     if interrupt is not None:
         raise interrupt
+    progress.check()
     if failure:
         raise failure[0]
     return result[0]
+
+
+def _current_gpu() -> Callable[[], None]:
+    """What makes this thread's current GPU another thread's: a new thread's is always the first.
+
+    Where torch has not begun with CUDA, nobody has chosen one.
+    """
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return lambda: None
+    index = torch.cuda.current_device()
+    return lambda: torch.cuda.set_device(index)

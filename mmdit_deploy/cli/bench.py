@@ -18,9 +18,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("bundle", type=Path, metavar="BUNDLE", help="the bundle's directory")
     p.add_argument("--engine", action="append", default=[], metavar="TARGET", help="e.g. ort-cpu; may repeat")
-    p.add_argument("--batch", type=int, metavar="N", help="default: the contract's optimum")
-    p.add_argument("--img-tokens", type=int, metavar="N", help="default: the contract's optimum")
-    p.add_argument("--txt-tokens", type=int, metavar="N", help="default: the contract's optimum")
+    p.add_argument("--batch", type=int, metavar="N", help="default: the engine's optimum")
+    p.add_argument("--img-tokens", type=int, metavar="N", help="default: the engine's optimum")
+    p.add_argument("--txt-tokens", type=int, metavar="N", help="default: the engine's optimum")
     p.add_argument("--rounds", type=int, default=10, metavar="N", help="calls measured per rival (default 10)")
     p.add_argument("-o", "--out", type=Path, metavar="FILE", help="also write the JSON document to a file")
     return p

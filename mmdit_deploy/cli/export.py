@@ -96,21 +96,20 @@ def _work(args: argparse.Namespace) -> int:
     request = _request(args)
     from mmdit_deploy.export import export, preflight
 
-    needs = preflight(request)
-    plan = {
-        **needs.to_json(),
+    plan = preflight(request)
+    data: dict[str, Any] = {
+        **plan.to_json(),
         "weights": request.source.description,
         "bundle": str(request.directory),
         "spec": request.spec.to_json(),
     }
-    summary = f"{request.spec.name} {request.precision.name}, weights {request.source.description}: {needs.text()}"
+    summary = f"{request.spec.name} {request.precision.name}, weights {request.source.description}: {plan.text()}"
     if args.dry_run:
-        emit(args, f"{summary}\ndry run: nothing was written", {"dry_run": True, **plan})
+        emit(args, f"{summary}\ndry run: nothing was written", {"dry_run": True, **data})
         return 0
     _log(summary)
-    result = export(request, _log)
-    data: dict[str, Any] = {
-        **plan,
+    result = export(request, _log, plan)
+    data |= {
         "dry_run": False,
         "seconds": dict(result.graphs.seconds),
         "census": dict(result.graphs.census),
@@ -127,7 +126,7 @@ def _outcome(result: ExportResult) -> str:
     built = [name for name in result.engines if name not in executed]
     parts = [f"{', '.join(executed)} verified"] if executed else []
     if built:
-        graph = "its graph verified" if result.verdicts else "NOT verified"
+        graph = "model.onnx verified" if result.verdicts else "NOT verified"
         parts.append(f"{', '.join(built)} built, not executed ({graph})")
     return "; ".join(parts) or "NOT verified"
 

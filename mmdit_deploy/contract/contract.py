@@ -110,12 +110,15 @@ class Contract:
     Args:
         ranges: by axis.
         profiles: within the ranges; each is a plan of its own in a TensorRT engine.
+        max_side: rows and columns that an image may have at most, each: those of the model's position grid. None in
+            bundles that do not say.
     """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     ranges: Mapping[str, Range]
     profiles: tuple[Profile, ...] = ()
+    max_side: int | None = None
 
     def __post_init__(self) -> None:
         if not self.profiles:
@@ -170,6 +173,7 @@ class Contract:
             ),
             ranges=(all_ranges := {**DEFAULT_RANGES, "img_tokens": fitted, **given}),
             profiles=tuple(_within(profile, all_ranges) for profile in profiles),
+            max_side=spec.pos_max_size,
         )
 
     def check(self, received: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, int]:
@@ -238,6 +242,7 @@ class Contract:
             "outputs": [t.to_json() for t in self.outputs],
             "ranges": profile_to_json(self.ranges),
             "profiles": [profile_to_json(profile) for profile in self.profiles],
+            "max_side": self.max_side,
         }
 
     @staticmethod
@@ -248,6 +253,7 @@ class Contract:
             tuple(TensorSpec.from_json(t) for t in data["outputs"]),
             profile_from_json(data["ranges"]),
             tuple(profile_from_json(profile) for profile in data.get("profiles", ())),
+            None if data.get("max_side") is None else int(data["max_side"]),
         )
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from mmdit_deploy.build import RTX, TENSORRT, Target
+from mmdit_deploy.build import RTX, TENSORRT, Target, parse_target
 from mmdit_deploy.errors import MachineError, MissingPackageError
-from mmdit_deploy.runtime.ort import import_onnxruntime
+from mmdit_deploy.runtime.ort import check_provider, import_onnxruntime
 
 
 def default_targets() -> tuple[str, ...]:
@@ -20,12 +20,12 @@ def default_targets() -> tuple[str, ...]:
         if _runs("CUDAExecutionProvider"):
             names.append("ort-cuda")
         sm = "sm{}{}".format(*torch.cuda.get_device_capability())
-        if sm in RTX.capabilities and RTX.version():
+        if sm in RTX.capabilities and RTX.installed:
             names.append(f"rtx:{sm}")
-        elif TENSORRT.version():
+        elif TENSORRT.installed:
             names.append("trt")
     else:
-        names += ["ort-cpu", "rtx:sm89"] if RTX.version() else ["ort-cpu"]
+        names += ["ort-cpu", "rtx:sm89"] if RTX.installed else ["ort-cpu"]
     return tuple(names or ["ort-cpu"])
 
 
@@ -58,14 +58,14 @@ def check_verifies_here(target: Target) -> None:
     """Verification runs an ONNX Runtime target's engine, and of a TensorRT target at least the graph on the CPU.
 
     Raises:
-        MissingPackageError: ONNX Runtime is not installed.
-        MachineError: it has not the provider.
+        MachineError: ONNX Runtime is not installed, lacks the provider, or there is no GPU.
     """
-    provider = target.provider or "CPUExecutionProvider"
-    available = import_onnxruntime(target.name if target.provider else "ort-cpu").get_available_providers()
-    if provider not in available:
+    try:
+        check_provider(target if target.provider else parse_target("ort-cpu"))
+    except MachineError as error:
+        what = "its engine" if target.provider else "model.onnx, which its engines are built from,"
         raise MachineError(
-            f"verifying the target {target.name} runs it on ONNX Runtime's {provider}",
-            received=f"this installation has {', '.join(available)}",
-            fix="export where it runs (pip install 'mmdit-deploy[gpu]'), or add --no-verify",
-        )
+            f"verifying {target.name} runs {what} on ONNX Runtime: {error.rule}",
+            received=error.received,
+            fix=f"{error.fix}; or --no-verify writes the bundle unproven",
+        ) from None

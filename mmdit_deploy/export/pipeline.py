@@ -40,11 +40,6 @@ def preflight(request: ExportRequest) -> Plan:
     """
     targets, contract = request.check()
     check_destination(request.directory, force=request.force)
-    if not request.graph_only:
-        for target in targets:
-            check_builds_here(target)
-            if request.verify:
-                check_verifies_here(target)
     plan = make_plan(
         request.spec,
         request.precision,
@@ -56,6 +51,11 @@ def preflight(request: ExportRequest) -> Plan:
         thorough=request.thorough,
         graph_only=request.graph_only,
     )
+    if not request.graph_only:
+        for target in targets:
+            check_builds_here(target)
+            if request.verify:
+                check_verifies_here(target)
     check_plan(plan, request.directory)
     return plan
 
@@ -75,17 +75,18 @@ class ExportResult:
     verdicts: tuple[Verdict, ...]
 
 
-def export(request: ExportRequest, log: Log = lambda _: None) -> ExportResult:
+def export(request: ExportRequest, log: Log = lambda _: None, plan: Plan | None = None) -> ExportResult:
     """Build a bundle, verify it, and put it in its place: whole or not at all.
 
     Args:
         log: gets a line for people as each stage begins or ends.
+        plan: what `preflight` said of this request; by default it is asked.
 
     Raises:
         ParityError: an engine is out of tolerance; no bundle is left.
         MMDiTError: anything else that the request or this machine does not allow.
     """
-    plan = preflight(request)
+    plan = plan or preflight(request)
     spec, precision = request.spec, request.precision
     targets, contract = request.check()
     layout = weights_layout(spec, getattr(torch, precision.dtype), {"format": "pt"})

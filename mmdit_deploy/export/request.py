@@ -75,5 +75,13 @@ class ExportRequest:
                 received=f"--profile with {', '.join(target.name for target in targets)}",
                 fix="drop it, or add a TensorRT target, e.g. --target rtx:sm89",
             )
+        if self.segments is not None and (self.graph_only or not any(target.flavour for target in targets)):
+            without = "--graph-only" if self.graph_only else ", ".join(target.name for target in targets)
+            fix = "one of them" if self.graph_only else "it, or add a TensorRT target, e.g. --target rtx:sm89"
+            raise UsageError(
+                "segments are what a TensorRT engine is cut into",
+                received=f"--segments {self.segments} with {without}",
+                fix=f"drop {fix}",
+            )
         contract = Contract.of(self.spec, self.precision, self.ranges, outputs=self.outputs, profiles=self.profiles)
         return targets, contract

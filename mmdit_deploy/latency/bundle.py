@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -21,8 +19,11 @@ from mmdit_deploy.checkpoint.keys import parameters
 from mmdit_deploy.checkpoint.weights import FileWeights, read_parameter
 from mmdit_deploy.errors import UsageError
 from mmdit_deploy.latency.timing import Run, Timing, time_interleaved
+from mmdit_deploy.machine import machine_facts
 from mmdit_deploy.model import MMDiT
-from mmdit_deploy.runtime import Engine, available_memory, check_runnable, runnable_target
+from mmdit_deploy.report.words import machine_words, printable
+from mmdit_deploy.runtime import Engine, available_memory, check_runnable, engine_files, runnable_target
+from mmdit_deploy.runtime.tensorrt import choose_profile
 from mmdit_deploy.verify.cases import case_inputs, fit_grid
 from mmdit_deploy.verify.records import Case
 
@@ -36,7 +37,7 @@ class LatencyReport:
         timings: engines first, then the rivals that ran.
         not_run: rivals that could not run here, with the reason.
         ratios: engine over rival, by ``engine / rival``; below 1 the engine is faster.
-        machine: CPU, GPU and versions.
+        machine: processor, GPU, driver and versions, as `machine_facts` has them.
     """
 
     bundle: str
@@ -56,6 +57,7 @@ class LatencyReport:
         lines += [f"  {t.name:14s} p50 {t.p50_ms:10.2f} ms   p90 {t.p90_ms:10.2f} ms   {t.how}" for t in self.timings]
         lines += [f"  {name:14s} not run: {reason}" for name, reason in self.not_run.items()]
         lines += [f"  {pair}: {ratio:.3f}" for pair, ratio in self.ratios.items()]
+        lines += [f"  on {printable(machine_words(self.machine))}"]
         return "\n".join(lines)
 
 
@@ -73,27 +75,20 @@ def bench_bundle(
 
     Args:
         targets: engines that run on one device; by default what this machine can run.
-        batch, img_tokens, txt_tokens: sizes; by default the contract's optimum.
+        batch, img_tokens, txt_tokens: sizes; by default the optimum of the first profile that holds the others.
 
     Raises:
-        UsageError: there is no such engine, or they run on different devices.
+        UsageError: there is no such engine, they run on different devices, or no image has so many tokens.
         MachineError: an engine is not in the bundle, or cannot run here.
-        ContractError: a size is out of range.
+        ContractError: a size is out of range, or the sizes lie in no profile of an engine.
     """
     bundle = open_bundle(path)
     names = tuple(dict.fromkeys(targets)) or (runnable_target(bundle),)
-    device = _device(bundle, names)
-    ranges = bundle.contract.ranges
-    sizes = {
-        "batch": batch or ranges["batch"].opt,
-        "img_tokens": img_tokens or ranges["img_tokens"].opt,
-        "txt_tokens": txt_tokens or ranges["txt_tokens"].opt,
-    }
+    device = _device(names)
     # Before anything of that size is made: the engine's own check would come after the rivals' first run.
-    bundle.contract.check({t.name: (t.dtype, t.shape(sizes)) for t in bundle.contract.inputs})
-    tokens = sizes["img_tokens"]
-    side = max(1, round(tokens**0.5))
-    case = Case(sizes["batch"], *fit_grid(side, side, tokens, tokens), sizes["txt_tokens"], 500.0)
+    case = _case(bundle, names, {"batch": batch, "img_tokens": img_tokens, "txt_tokens": txt_tokens})
+    for name in names:
+        check_runnable(bundle, name)
     # TensorRT-RTX would compile a shape's kernels in the background, and the first rounds would time slower ones.
     engines = {name: Engine(bundle, name, specialize="eager") for name in names}
     inputs = {name: t.to(device) for name, t in case_inputs(case, bundle.contract).items()}
@@ -121,11 +116,11 @@ def bench_bundle(
         timings,
         not_run,
         ratios,
-        _machine(device),
+        machine_facts(),
     )
 
 
-def _device(bundle: Bundle, names: Sequence[str]) -> torch.device:
+def _device(names: Sequence[str]) -> torch.device:
     """Where all of these engines run; rivals share their inputs."""
     devices = {name: parse_target(name).device for name in names}
     if len(set(devices.values())) > 1:
@@ -134,9 +129,27 @@ def _device(bundle: Bundle, names: Sequence[str]) -> torch.device:
             received=", ".join(f"{name} on {device}" for name, device in devices.items()),
             fix="time them in two runs",
         )
-    for name in names:
-        check_runnable(bundle, name)
     return torch.device(devices[names[0]])
+
+
+def _case(bundle: Bundle, names: Sequence[str], given: Mapping[str, int | None]) -> Case:
+    """The input to time, checked against the contract and each engine's profiles.
+
+    Args:
+        given: sizes by axis; None for the optimum.
+    """
+    contract, asked = bundle.contract, {axis: size for axis, size in given.items() if size is not None}
+    holding = (p for p in contract.profiles if all(p[a].min <= size <= p[a].max for a, size in asked.items()))
+    optimum = next(holding, contract.ranges)
+    sizes = {axis: asked.get(axis, optimum[axis].opt) for axis in given}
+    contract.check({t.name: (t.dtype, t.shape(sizes)) for t in contract.inputs})
+    for name in names:
+        if parse_target(name).flavour is not None:
+            choose_profile(engine_files(bundle, name)[0].profiles, sizes)
+    tokens = sizes["img_tokens"]
+    side = max(1, round(tokens**0.5))
+    grid = fit_grid(side, side, tokens, tokens, bundle.spec.pos_max_size)
+    return Case(sizes["batch"], *grid, sizes["txt_tokens"], 500.0)
 
 
 def _torch_rivals(
@@ -192,15 +205,3 @@ def _eager_model(bundle: Bundle, dtype: torch.dtype, device: torch.device) -> nn
     state = {p.path: read_parameter(source, p, dtype).to(device) for p in parameters(bundle.spec)}
     model.load_state_dict(state, strict=True, assign=True)
     return model.to(device).eval()
-
-
-def _machine(device: torch.device) -> dict[str, Any]:
-    data: dict[str, Any] = {
-        "system": f"{platform.system()} {platform.machine()}",
-        "cores": psutil.cpu_count(),
-    }
-    if device.type == "cuda":
-        data["gpu"] = torch.cuda.get_device_name(device)
-        data["cuda"] = torch.version.cuda
-    data["torch"] = torch.__version__
-    return data

@@ -15,6 +15,7 @@ from mmdit_deploy.report.summary import (
     by_name,
     counted,
     failing,
+    heading,
     level_summaries,
     outcome,
     overall,
@@ -28,6 +29,7 @@ from mmdit_deploy.report.words import (
     duration,
     errors_words,
     figure,
+    machine_words,
     printable,
 )
 from mmdit_deploy.verify.records import Check, Level, Verdict
@@ -54,10 +56,11 @@ def verdict_html(verdicts: Sequence[Verdict], *, title: str, facts: Mapping[str,
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     source = resources.files("mmdit_deploy.report").joinpath("report.html.j2").read_text(encoding="utf-8")
-    verdict, sentence = overall(verdicts)
+    worst_outcome, sentence = overall(verdicts)
     return environment.from_string(source).render(
         title=printable(title),
-        outcome=verdict,
+        outcome=worst_outcome,
+        heading=printable(heading(verdicts)),
         sentence=sentence,
         facts=[(printable(name), printable(value)) for name, value in facts.items()],
         engines=[_engine(v) for v in verdicts],
@@ -87,6 +90,7 @@ def _engine(verdict: Verdict) -> dict[str, Any]:
         "duration": duration(verdict.seconds),
         "weights": printable(verdict.weights),
         "reference": printable(verdict.reference),
+        "machine": printable(machine_words(verdict.machine)),
         "bounds": bounds(verdict.tolerance),
         "reason": printable(str(verdict.tolerance.get("reason", ""))),
         "levels": [

@@ -74,6 +74,7 @@ def _properties(verdict: Verdict) -> list[tuple[str, str]]:
         ("weights", verdict.weights),
         ("reference", verdict.reference),
         *((f"tolerance.{key}", str(value)) for key, value in verdict.tolerance.items()),
+        *((f"machine.{key}", "none" if value is None else str(value)) for key, value in verdict.machine.items()),
         *((f"executed.{i}", words) for i, words in enumerate(verdict.executed)),
     ]
 

@@ -29,8 +29,27 @@ def outcome(verdict: Verdict) -> Outcome:
     return "NOT VERIFIED" if verdict.first_failure is None else "FAIL"
 
 
+# Of several engines: the first of these that one has is what may be said of all.
+BY_RANK: tuple[Outcome, ...] = ("FAIL", "NOT VERIFIED", "NOT EXECUTED", "PASS")
+
+
+def heading(verdicts: Sequence[Verdict]) -> str:
+    """The outcome that all engines have, or each one's: ``PASS on ort-cpu · rtx:sm89 built, not executed``."""
+    outcomes = [outcome(v) for v in verdicts]
+    if len(set(outcomes)) < 2:
+        return overall(verdicts)[0]
+    words: dict[Outcome, str] = {
+        "FAIL": "FAIL on {}",
+        "PASS": "PASS on {}",
+        "NOT EXECUTED": "{} built, not executed",
+        "NOT VERIFIED": "{} not verified",
+    }
+    named = {said: ", ".join(v.target for v in verdicts if outcome(v) == said) for said in words}
+    return " · ".join(words[said].format(targets) for said, targets in named.items() if targets)
+
+
 def overall(verdicts: Sequence[Verdict]) -> tuple[Outcome, str]:
-    """The outcome of several engines together, and a sentence that counts them."""
+    """The least that is so of several engines together, and a sentence that counts them."""
     outcomes = [outcome(v) for v in verdicts]
     if not outcomes:
         return "NOT VERIFIED", "No engine was verified."
@@ -48,8 +67,7 @@ def overall(verdicts: Sequence[Verdict]) -> tuple[Outcome, str]:
     unexecuted = sum(len(v.not_executed) for v in verdicts)
     if unexecuted:
         sentence += f" {counted(unexecuted, 'item')} not executed."
-    by_rank: tuple[Outcome, ...] = ("FAIL", "PASS", "NOT EXECUTED", "NOT VERIFIED")
-    return next(o for o in by_rank if o in outcomes), sentence
+    return next(o for o in BY_RANK if o in outcomes), sentence
 
 
 def counted(count: int, noun: str) -> str:

@@ -89,6 +89,19 @@ def breaches(check: Check, tolerance: Mapping[str, Any]) -> str:
     return "; ".join(broken) or errors_words(errors)
 
 
+def machine_words(machine: Mapping[str, Any]) -> str:
+    """A machine in a line, of what is known of it: processor; GPU, driver and CUDA; versions. Empty if nothing is."""
+    fields = dict(machine)
+    system, cpu, cores, memory = (fields.pop(name, None) for name in ("system", "cpu", "cores", "memory_gb"))
+    gpu, driver, cuda = (fields.pop(name, None) for name in ("gpu", "driver", "cuda"))
+    groups = (
+        (system, cpu, cores and f"{cores} cores", memory and f"{memory} GB"),
+        (gpu or (machine and "torch finds no GPU"), driver and f"driver {driver}", cuda and f"CUDA {cuda}"),
+        tuple(f"{name} {version}" for name, version in fields.items()),
+    )
+    return "; ".join(", ".join(str(part) for part in group if part) for group in groups if any(group))
+
+
 def _sides(tolerance: Mapping[str, Any]) -> list[tuple[str, str, float]]:
     """(min or max, metric, bound) for every bound: the keys of a tolerance say what they bind."""
     pairs = [(side, metric) for metric in METRICS for side in ("min", "max")]

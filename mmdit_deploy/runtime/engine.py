@@ -11,11 +11,11 @@ from torch import Tensor
 
 from mmdit_deploy.build import Target, parse_target
 from mmdit_deploy.bundle import Bundle, open_bundle
-from mmdit_deploy.errors import ContractError, UsageError
-from mmdit_deploy.runtime.engines import engine_files, engine_graph, runnable_target
-from mmdit_deploy.runtime.fit import check_runs_here, gpu
-from mmdit_deploy.runtime.kernel_cache import kernel_cache_file
+from mmdit_deploy.errors import ContractError
+from mmdit_deploy.runtime.engines import check_device, engine_files, engine_graph, runnable_target
+from mmdit_deploy.runtime.fit import gpu
 from mmdit_deploy.runtime.runner import Runner, open_runner
+from mmdit_deploy.runtime.runtime_cache import runtime_cache_file
 
 
 class Engine:
@@ -36,11 +36,12 @@ class Engine:
         cuda_graphs: bool = False,
         specialize: str = "lazy",
     ):
-        parsed = parse_target(target)
+        parsed, place = parse_target(target), None if device is None else torch.device(device)
+        check_device(parsed, place)
         self.bundle = bundle
         self.target = parsed.name
         self.contract = bundle.contract
-        self._runner = _open(bundle, parsed, _of(parsed, device), cuda_graphs, specialize)
+        self._runner = _open(bundle, parsed, place, cuda_graphs, specialize)
         self.device = self._runner.device
 
     @staticmethod
@@ -57,9 +58,10 @@ class Engine:
 
         Args:
             path: the bundle.
-            target: e.g. ``ort-cpu``; ``auto`` takes the first that the bundle has and this machine can run.
+            target: e.g. ``ort-cpu``; ``auto`` takes the first that the bundle has and this machine can run, on the
+                device if one is given.
             verify: check every file's SHA-256 first. An engine file is executable code.
-            device: the GPU, e.g. ``cuda:1``; by default torch's current one.
+            device: the GPU, e.g. ``cuda:1``, or ``cpu``; by default the target's, and of GPUs torch's current one.
             cuda_graphs: of a TensorRT target: launch each shape as one CUDA graph, which costs memory per shape.
             specialize: of TensorRT-RTX: when kernels for a new shape are compiled: ``lazy`` in the background, with
                 slower ones until then; ``eager`` before that shape's first run; ``none``.
@@ -70,7 +72,7 @@ class Engine:
             MachineError: the bundle lacks the engine, or it cannot run here.
         """
         bundle = open_bundle(path, verify=verify)
-        name = runnable_target(bundle) if target == "auto" else target
+        name = runnable_target(bundle, device) if target == "auto" else target
         return Engine(bundle, name, device=device, cuda_graphs=cuda_graphs, specialize=specialize)
 
     def __call__(
@@ -156,23 +158,13 @@ def _open(bundle: Bundle, target: Target, device: torch.device | None, cuda_grap
     if target.flavour is None:
         return open_runner(target, [engine_graph(bundle, target.name)], device=device, cuda_graphs=cuda_graphs)
     record, files = engine_files(bundle, target.name)
-    check_runs_here(record, target, device)
     fields = bundle.manifest.fields
     built_from = [{**fields["spec"], "name": ""}, fields["precision"], fields["contract"]]
-    cache = kernel_cache_file(record, built_from, gpu(device)) if target.flavour.runtime_cache else None
+    keeps = target.flavour.runtime_cache and torch.cuda.is_available()  # without a GPU, loading says so
+    cache = runtime_cache_file(record, built_from, gpu(device)) if keeps else None
     return open_runner(
         target, files, record, device=device, cuda_graphs=cuda_graphs, cache=cache, specialize=specialize
     )
-
-
-def _of(target: Target, device: torch.device | str | None) -> torch.device | None:
-    """The device, if it is of the target's kind."""
-    parsed = None if device is None else torch.device(device)
-    if parsed is not None and parsed.type != target.device:
-        raise UsageError(
-            f"{target.name} runs on {target.device}", received=f"device {parsed}", fix="drop it, or name another target"
-        )
-    return parsed
 
 
 def _dtype(tensor: Tensor) -> str:

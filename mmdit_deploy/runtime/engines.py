@@ -6,17 +6,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mmdit_deploy.build import EngineRecord, Target, parse_target
 from mmdit_deploy.build.layers_file import read_record
 from mmdit_deploy.bundle import Bundle
 from mmdit_deploy.contract import Contract
 from mmdit_deploy.errors import BundleError, MachineError, MissingPackageError, MMDiTError, UsageError
-from mmdit_deploy.runtime.fit import check_runs_here
+from mmdit_deploy.runtime.fit import EXPORT_FOR_CPU, check_runs_here, either
 from mmdit_deploy.runtime.ort import check_provider
 
 
 def engine_graph(bundle: Bundle, target: str) -> Path:
-    """The graph file of a bundle's engine: what ONNX Runtime runs, and what a TensorRT engine was built from.
+    """The graph file of a bundle's engine: what ONNX Runtime runs, or the whole model as TensorRT would be given it.
+
+    TensorRT's engine files were not built from that one: each segment was cut out of ``model.onnx`` and lowered alone.
 
     Raises:
         BundleError: the bundle has no engines.
@@ -54,19 +58,23 @@ def engine_files(bundle: Bundle, target: str) -> tuple[EngineRecord, list[Path]]
     return record, [bundle.file(segment.file) for segment in record.segments]
 
 
-def runnable_target(bundle: Bundle) -> str:
-    """The engine of the bundle that this machine can run: a TensorRT that fits its GPU, then ONNX Runtime there, then
+def runnable_target(bundle: Bundle, device: torch.device | str | None = None) -> str:
+    """The engine of the bundle that this machine can run: a TensorRT that fits the GPU, then ONNX Runtime there, then
     on the CPU.
+
+    Args:
+        device: that it must run on; by default any, and of GPUs torch's current one.
 
     Raises:
         BundleError: the bundle has no engines.
         MissingPackageError: none of its engines runs here, and one would with a package.
         MachineError: none of its engines runs here.
     """
+    device = None if device is None else torch.device(device)
     refusals: dict[str, MMDiTError] = {}
     for name in sorted(_engines(bundle), key=_preference):  # in the bundle's order among equals
         try:
-            check_runnable(bundle, name)
+            check_runnable(bundle, name, device)
         except (MachineError, UsageError) as error:  # a later version may know more targets
             refusals[name] = error
         else:
@@ -74,29 +82,50 @@ def runnable_target(bundle: Bundle) -> str:
     for refusal in refusals.values():
         if isinstance(refusal, MissingPackageError):
             raise refusal
+    remedies = [str(refusal.fix) for refusal in refusals.values() if isinstance(refusal, MachineError)]
+    remedies += [] if device is None else ["name no device"]
+    remedies += [EXPORT_FOR_CPU] if device is None or device.type == "cpu" else []
     raise MachineError(
-        f"a bundle needs an engine that this machine can run, and {bundle.name} has {', '.join(refusals)}",
+        f"a bundle needs an engine that this machine can run{'' if device is None else f' on {device}'}, "
+        f"and {bundle.name} has {', '.join(refusals)}",
         received="; ".join(f"{name}: {refusal.received}" for name, refusal in refusals.items()),
-        fix="export it with --target ort-cpu, or: "
-        + "; or: ".join(dict.fromkeys(str(refusal.fix) for refusal in refusals.values())),
+        fix=either(*remedies),
     )
 
 
-def check_runnable(bundle: Bundle, target: str) -> None:
+def check_runnable(bundle: Bundle, target: str, device: torch.device | None = None) -> None:
     """Check that a bundle has a target's engine, and that it runs here; nothing is deserialized.
+
+    Args:
+        device: that it is to run on; by default any of the target's kind, and of GPUs torch's current one.
 
     Raises:
         BundleError: the bundle has no engines, or its record of this one is broken.
-        UsageError: there is no such target.
+        UsageError: there is no such target, or the device is none of its kind.
         MissingPackageError: the runtime is not installed.
         MachineError: the bundle lacks the engine, or it cannot run here.
     """
     parsed = parse_target(target)
+    check_device(parsed, device)
     if parsed.flavour is None:
         engine_graph(bundle, target)
         check_provider(parsed)
     else:
-        check_runs_here(engine_files(bundle, target)[0], parsed)
+        check_runs_here(engine_files(bundle, target)[0], parsed, device)
+
+
+def check_device(target: Target, device: torch.device | None) -> None:
+    """Check that a device is of the kind that a target runs on.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if device is not None and device.type != target.device:
+        raise UsageError(
+            f"{target.name} runs on {target.device}",
+            received=f"the device {device}",
+            fix="name no device, or another target",
+        )
 
 
 def _entry(bundle: Bundle, target: Target) -> Mapping[str, Any]:

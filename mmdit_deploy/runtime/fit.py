@@ -11,12 +11,37 @@ from mmdit_deploy.build import EngineRecord, Target
 from mmdit_deploy.build.flavours import Flavour
 from mmdit_deploy.errors import MachineError
 
+EXPORT_FOR_CPU = "mmdit-export … --target ort-cpu"
+_OR = "; or: "
+
 
 def gpu(device: torch.device | None) -> torch.device:
     """The device with its index: torch's current GPU where none is given, or one without an index."""
     if device is not None and device.index is not None:
         return device
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def either(*remedies: str) -> str:
+    """An error's fix of which one will do, each said once; a remedy may be such a fix itself."""
+    return _OR.join(dict.fromkeys(part for remedy in remedies for part in remedy.split(_OR)))
+
+
+def check_gpu(rule: str) -> None:
+    """Check that there is a GPU at all.
+
+    Args:
+        rule: of the error.
+
+    Raises:
+        MachineError: torch finds none.
+    """
+    if not torch.cuda.is_available():
+        raise MachineError(
+            rule,
+            received="torch finds no GPU" if torch.version.cuda else f"torch {torch.__version__}, which has no CUDA",
+            fix=either("run it on a machine with such a GPU, and a torch with CUDA", EXPORT_FOR_CPU),
+        )
 
 
 def check_runs_here(record: EngineRecord, target: Target, device: torch.device | None = None) -> None:
@@ -35,12 +60,7 @@ def check_runs_here(record: EngineRecord, target: Target, device: torch.device |
     """
     flavour = _flavour(target)
     needed = ", ".join(record.capabilities)
-    if not torch.cuda.is_available():
-        raise MachineError(
-            f"the engine {target.name} needs an NVIDIA GPU of compute capability {needed}",
-            received="torch finds no GPU" if torch.version.cuda else f"torch {torch.__version__}, which has no CUDA",
-            fix="run it on a machine with that GPU, or: mmdit-export … --target ort-cpu",
-        )
+    check_gpu(f"the engine {target.name} needs an NVIDIA GPU of compute capability {needed}")
     capability = _capability(gpu(device))
     installed = flavour.version() or str(flavour.load(f"the target {target.name}").__version__)
     if capability not in record.capabilities:
@@ -53,8 +73,10 @@ def check_runs_here(record: EngineRecord, target: Target, device: torch.device |
         raise MachineError(
             f"the engine {target.name} runs in {flavour.name} {record.version}, which built it, and in no other",
             received=f"{flavour.name} {installed}",
-            fix=f"{rebuild_command(flavour, gpu(device))} --force builds it again for this version; "
-            f"or install the one that built it: pip install {flavour.distributions[0]}=={record.version}",
+            fix=either(
+                f"{rebuild_command(flavour, gpu(device))} --force builds it again for this version",
+                f"install the one that built it: pip install {flavour.distributions[0]}=={record.version}",
+            ),
         )
 
 
@@ -90,7 +112,7 @@ def check_header(trt: Any, runtime: Any, file: Path, target: Target, fix: str) -
         raise MachineError(
             f"the engine {target.name} is one that {_flavour(target).name} {trt.__version__} takes on this machine",
             received=f"{file.name}: {', '.join(cause.name.lower().replace('_', ' ') for cause in causes)}",
-            fix="; ".join(remedies or [fix]),
+            fix="; ".join(remedies or [fix]),  # all of them
         )
 
 

@@ -10,15 +10,8 @@ from mmdit_deploy.build import SegmentRecord
 from mmdit_deploy.errors import MachineError
 from mmdit_deploy.runtime.chain import unlike_record
 
-# torch's names of trt.DataType's members
-_DTYPES = {
-    "FLOAT": "float32",
-    "HALF": "float16",
-    "BF16": "bfloat16",
-    "BOOL": "bool",
-    "INT32": "int32",
-    "INT64": "int64",
-}
+# torch's names of those members of trt.DataType that a record may have
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 
 
 def deserialize(trt: Any, runtime: Any, log: Any, record: SegmentRecord, file: Path, fix: str) -> Any:

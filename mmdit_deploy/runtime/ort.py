@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmdit_deploy.build import Target, parse_target
 from mmdit_deploy.errors import MachineError, MissingPackageError
+from mmdit_deploy.runtime.fit import check_gpu
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -83,12 +84,8 @@ def check_provider(target: Target) -> Any:
             fix="on a machine with an NVIDIA GPU: pip install 'mmdit-deploy[gpu]'",
         )
     # ONNX Runtime lists the CUDA provider that it was built with, also where there is no GPU.
-    if target.device == "cuda" and not torch.cuda.is_available():
-        raise MachineError(
-            f"the target {target.name} needs an NVIDIA GPU",
-            received="torch finds no GPU" if torch.version.cuda else f"torch {torch.__version__}, which has no CUDA",
-            fix="run it on a machine with a GPU, and a torch with CUDA",
-        )
+    if target.device == "cuda":
+        check_gpu(f"the target {target.name} needs an NVIDIA GPU")
     return ort
 
 

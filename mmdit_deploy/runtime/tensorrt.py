@@ -28,8 +28,8 @@ from mmdit_deploy.errors import ContractError, MachineError, UsageError
 from mmdit_deploy.runtime.chain import Chain, Context
 from mmdit_deploy.runtime.cuda_graphs import GraphedCall, capture
 from mmdit_deploy.runtime.fit import check_header, check_runs_here, gpu, rebuild_command
-from mmdit_deploy.runtime.kernel_cache import KernelCache
 from mmdit_deploy.runtime.loading import deserialize, error_log
+from mmdit_deploy.runtime.runtime_cache import RuntimeCache
 from mmdit_deploy.runtime.streams import WorkStream
 
 SPECIALIZE = ("lazy", "eager", "none")
@@ -49,7 +49,7 @@ class TensorRTEngine:
         device: the GPU; by default torch's current one.
         cuda_graphs: launch each of the last `MAX_GRAPHS` shapes as a CUDA graph, over tensors of its own that calls
             copy into and out of. TensorRT's are captured here, TensorRT-RTX captures its own.
-        cache: a file for compiled kernels, read now and written when there are new ones; for TensorRT-RTX.
+        cache: the file of TensorRT-RTX's runtime cache: read now, and written when there are new kernels.
         specialize: when TensorRT-RTX compiles kernels for a new shape: ``lazy``, ``eager`` or ``none``.
 
     Raises:
@@ -149,9 +149,9 @@ class TensorRTEngine:
         if self._compiles:
             strategies = trt.DynamicShapesKernelSpecializationStrategy
             config.dynamic_shapes_kernel_specialization_strategy = getattr(strategies, self._specialize.upper())
-            if self._held.kernels is None:
-                self._held.kernels = KernelCache(config.create_runtime_cache(), cache)
-            config.set_runtime_cache(self._held.kernels.cache)
+            if self._held.runtime_cache is None:
+                self._held.runtime_cache = RuntimeCache(config.create_runtime_cache(), cache)
+            config.set_runtime_cache(self._held.runtime_cache.cache)
         if self._graphs_wanted and self._captures_itself:
             config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         return config
@@ -172,8 +172,8 @@ class TensorRTEngine:
         held = self._held
         if profile not in held.chains:
             held.chains[profile] = self._make_chain(profile, stream)
-            if held.kernels is not None:
-                held.kernels.save()  # most are compiled when a context is made; a killed process keeps these
+            if held.runtime_cache is not None:
+                held.runtime_cache.save()  # most are compiled when a context is made; a killed process keeps these
         return held.chains[profile]
 
     def _make_chain(self, profile: int, stream: torch.cuda.Stream) -> Chain:
@@ -186,8 +186,10 @@ class TensorRTEngine:
             if execution is None:
                 raise failed(f"makes an execution context of {segment.record.file}")
             execution.set_device_memory(held.workspace.data_ptr(), held.workspace.nbytes)
-            if not execution.set_optimization_profile_async(profile, stream.cuda_stream):
-                raise failed(f"selects profile {profile} of {segment.record.file}")
+            try:
+                execution.set_optimization_profile_async(profile, stream.cuda_stream)
+            except RuntimeError as error:  # the binding says nothing else of it, and never returns False
+                raise failed(f"selects profile {profile} of {segment.record.file}") from error
             contexts.append(Context(segment.record, execution))
         return Chain(contexts, self._device, failed)
 
@@ -265,17 +267,17 @@ class _Held:
     workspace: Tensor | None = None
     chains: dict[int, Chain] = field(default_factory=dict)
     graphs: OrderedDict[object, GraphedCall] = field(default_factory=OrderedDict)
-    kernels: KernelCache | None = None
+    runtime_cache: RuntimeCache | None = None
 
     def release(self) -> None:
-        """What was made of something goes before it; a context that outlives the kernel cache ends the process."""
+        """What was made of something goes before it; a context that outlives the runtime cache ends the process."""
         torch.cuda.synchronize(self.device)
-        if self.kernels is not None:
-            self.kernels.save()
+        if self.runtime_cache is not None:
+            self.runtime_cache.save()
         self.graphs.clear()
         self.chains.clear()
         self.segments.clear()
-        self.kernels = self.workspace = None
+        self.runtime_cache = self.workspace = None
 
 
 def _enqueue_here(chain: Chain, tensors: Mapping[str, Tensor], sizes: Mapping[str, int], device: torch.device) -> None:

@@ -17,6 +17,7 @@ from mmdit_deploy.checkpoint.keys import parameters
 from mmdit_deploy.checkpoint.weights import WeightSource
 from mmdit_deploy.contract import Contract
 from mmdit_deploy.errors import MachineError
+from mmdit_deploy.machine import machine_facts
 from mmdit_deploy.model import Call, calls
 from mmdit_deploy.runtime import available_memory, check_runs_here, open_runner
 from mmdit_deploy.spec import ModelSpec, Precision
@@ -189,6 +190,7 @@ def _verdict(
         not_executed = (f"the whole engine in one session: {refusal}",)
     else:
         not_executed = (f"the engine: built, not executed: {refusal}",)
+    engine_executed = engine.record is None or refusal is None
     return Verdict(
         bundle=engine.name,
         target=engine.target.name,
@@ -200,7 +202,8 @@ def _verdict(
         tolerance=dataclasses.asdict(TOLERANCES[engine.precision.name]),
         checks=tuple(checks),
         seconds=time.perf_counter() - start,
-        engine_executed=engine.record is None or refusal is None,
+        engine_executed=engine_executed,
+        machine=machine_facts() if engine_executed else {},
     )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Level = Literal["local", "cumulative", "output", "engine"]
@@ -91,6 +92,7 @@ class Verdict:
         seconds: wall time.
         engine_executed: whether the engine itself computed anything. A TensorRT engine that was built on a machine
             that cannot run it has only its graph compared.
+        machine: what the engine ran on, as `machine_facts` has it; empty where it did not run.
     """
 
     bundle: str
@@ -104,6 +106,7 @@ class Verdict:
     checks: tuple[Check, ...]
     seconds: float
     engine_executed: bool = True
+    machine: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +12,8 @@ from typing import Any
 import pytest
 
 from mmdit_deploy.build.build_log import BuildLog, trt_logger
+from mmdit_deploy.build.progress import BuildProgress
+from mmdit_deploy.errors import GraphError, MachineError
 
 REPEATED = (
     "A node named node_linear already exists, the output tensors of this new instance will be renamed. "
@@ -103,14 +108,73 @@ def test_tensorrt_is_given_a_logger_of_its_kind(log: BuildLog, warned: list[str]
         def __init__(self) -> None:
             self.made = True
 
-    logger = trt_logger(SimpleNamespace(ILogger=ILogger), log)
+    logger = trt_logger(SimpleNamespace(ILogger=ILogger), log, BuildProgress(None))
     assert isinstance(logger, ILogger) and logger.made
     logger.log(SimpleNamespace(name="WARNING"), "careful")
     assert warned == ["warning: careful"]
 
 
+def test_what_cannot_be_told_ends_the_build(tmp_path: Path) -> None:
+    """No exception may cross the builder."""
+
+    def gone(line: str) -> None:
+        raise BrokenPipeError(errno.EPIPE, line)
+
+    progress = BuildProgress(None)
+    with BuildLog(tmp_path / "build.log", gone) as log:
+        logger = trt_logger(SimpleNamespace(ILogger=object), log, progress)
+        logger.log(SimpleNamespace(name="VERBOSE"), "fine")
+        assert not progress.cancelled
+        logger.log(SimpleNamespace(name="WARNING"), "first")
+        logger.log(SimpleNamespace(name="WARNING"), "second")
+    assert progress.cancelled
+    with pytest.raises(BrokenPipeError, match="first"):
+        progress.check()
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The system's folder for temporary files."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def test_what_tensorrt_fails_at_keeps_a_copy_and_names_it(log: BuildLog, temporary: Path) -> None:
+    log.message("VERBOSE", "the cause")
+    with pytest.raises(GraphError) as caught, log.kept_on_failure():
+        raise GraphError("a rule", received="something", fix="report this as a bug")
+    (copy,) = temporary.iterdir()
+    assert (caught.value.rule, caught.value.received) == ("a rule", "something")
+    assert caught.value.fix == f"report this as a bug; build log: {copy}"
+    assert copy.read_text(encoding="utf-8") == "[VERBOSE] the cause\n"
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), MachineError("the disk is full"), OSError(errno.ENOSPC, "full")]
+)
+def test_other_ends_keep_none(log: BuildLog, temporary: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)) as caught, log.kept_on_failure():
+        raise error
+    assert caught.value is error and not list(temporary.iterdir())
+
+
+def test_a_copy_that_cannot_be_made_hides_nothing(
+    log: BuildLog, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(GraphError, match="a rule") as caught, log.kept_on_failure():
+        raise GraphError("a rule", fix="report this")
+    assert str(caught.value.fix).startswith("report this; its build log could not be kept: ")
+    assert "No space left" in str(caught.value.fix) and not list(temporary.iterdir())
+
+
 def test_the_real_one(log: BuildLog, warned: list[str], tensorrt_rtx: Any) -> None:
-    logger = trt_logger(tensorrt_rtx, log)
+    logger = trt_logger(tensorrt_rtx, log, BuildProgress(None))
     network = tensorrt_rtx.Builder(logger).create_network(0)
     assert not tensorrt_rtx.OnnxParser(network, logger).parse(b"no graph")
     assert log.errors and warned and all(line.startswith("error: ") for line in warned)

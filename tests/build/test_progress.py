@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from mmdit_deploy.build import progress as module
 from mmdit_deploy.build.progress import BuildProgress, run_cancellable, trt_monitor
@@ -116,6 +119,74 @@ def test_ctrl_c_pressed_again_and_again_waits_all_the_same() -> None:
     with pytest.raises(KeyboardInterrupt):
         run_cancellable(work, progress)
     assert events == ["the builder has stopped"]
+
+
+def test_what_a_callback_raises_ends_the_build_and_gets_out(clock: SimpleNamespace) -> None:
+    """It goes before what the builder then fails with."""
+
+    def report(*_: object) -> None:
+        raise BrokenPipeError("nobody reads")
+
+    class IProgressMonitor:
+        pass
+
+    progress = BuildProgress(report)
+    monitor = trt_monitor(SimpleNamespace(IProgressMonitor=IProgressMonitor), progress)
+
+    def work() -> None:
+        assert monitor.step_complete("building", 0)
+        clock.now += module.SECONDS_BETWEEN_REPORTS
+        assert monitor.step_complete("building", 1) is False
+        assert progress.cancelled
+        with progress.callback():
+            raise ZeroDivisionError("a second one")
+        raise RuntimeError("build cancelled")
+
+    with pytest.raises(BrokenPipeError, match="nobody reads"):
+        run_cancellable(work, progress)
+
+
+def test_a_cancelled_build_is_no_failure_of_the_graph() -> None:
+    """Whether it was cancelled before, in or after the builder's last step."""
+    progress = BuildProgress(None)
+
+    def work() -> bool:
+        progress.cancel()
+        return False
+
+    for _ in range(2):
+        with pytest.raises(CancelledError, match="the build was cancelled"):
+            run_cancellable(work, progress)
+
+
+def test_work_that_ends_well_all_the_same_does_not_hide_it() -> None:
+    progress = BuildProgress(None)
+
+    def work() -> int:
+        with progress.callback():
+            raise OSError("the log is not whole")
+        return 7
+
+    with pytest.raises(OSError, match="not whole"):
+        run_cancellable(work, progress)
+
+
+def test_the_work_is_done_on_the_callers_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's current device is a thread's own, and a new thread's the first."""
+    current = threading.local()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(current, "index", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: setattr(current, "index", index))
+    for index in (1, 0):
+        torch.cuda.set_device(index)
+        assert run_cancellable(torch.cuda.current_device, BuildProgress(None)) == index
+
+
+def test_without_cuda_no_gpu_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    for name in ("current_device", "set_device"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("CUDA was begun with"))
+    assert run_cancellable(lambda: 7, BuildProgress(None)) == 7
 
 
 @pytest.mark.usefixtures("ctrl_c")

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from mmdit_deploy.bundle import read_manifest, write_manifest
+from mmdit_deploy.contract import Contract, Range
 from mmdit_deploy.latency import time_interleaved
+from mmdit_deploy.machine import machine_facts
 
 
 @pytest.fixture
@@ -38,7 +41,8 @@ def test_the_report(run: Callable[..., Any], exported: tuple[Path, Any], no_comp
     assert data["ratios"] == {"ort-cpu / eager": pytest.approx(ratio)}
     assert data["not_run"] == {"torch.compile": "RuntimeError: no message"}
     assert data["case"] == {"batch": 1, "rows": 4, "cols": 4, "txt_tokens": 8, "timestep": 500.0}
-    assert data["machine"]["torch"] == torch.__version__ and "through casts" in timings["ort-cpu"]["how"]
+    assert data["machine"] == machine_facts() and data["machine"]["torch"] == torch.__version__
+    assert f"torch {torch.__version__}" in result.err and "through casts" in timings["ort-cpu"]["how"]
     assert "torch.compile  not run: RuntimeError" in result.err
 
 
@@ -82,6 +86,43 @@ def test_sizes_out_of_range_are_refused_before_anything_is_made(
 ) -> None:
     monkeypatch.setattr("mmdit_deploy.latency.bundle.case_inputs", lambda *_: pytest.fail("said too late"))
     run("bench", exported[0], option, size).refused(2, words)
+
+
+def test_sizes_in_no_profile_of_an_engine_are_refused_before_anything_is_made(
+    run: Callable[..., Any], bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the engine would refuse by itself, only after its rivals were compiled."""
+    contract = Contract.from_json(read_manifest(bundle).fields["contract"])
+    profiles = tuple({**contract.ranges, "img_tokens": Range(n, n, n)} for n in (12, 48))
+    monkeypatch.setattr("mmdit_deploy.latency.bundle.engine_files", lambda *_: (SimpleNamespace(profiles=profiles), []))
+    monkeypatch.setattr("mmdit_deploy.latency.bundle.check_runnable", lambda *_: pytest.fail("said too late"))
+    monkeypatch.setattr("mmdit_deploy.latency.bundle.case_inputs", lambda *_: pytest.fail("said too late"))
+    arguments = ("--engine", "rtx:sm89", "--img-tokens", "16")
+    run("bench", bundle, *arguments).refused(2, "within one profile of the engine", "img_tokens=16")
+
+
+def test_sizes_that_are_not_chosen_are_those_of_a_profile(
+    run: Callable[..., Any], bundle: Path, no_compiler: None
+) -> None:
+    """Not of the ranges, whose optima need not lie in one."""
+    fields = dict(read_manifest(bundle).fields)
+    sizes = [{"batch": [b, b, b], "img_tokens": [n, n, n], "txt_tokens": [2, 3, 4]} for b, n in ((1, 12), (2, 48))]
+    fields["contract"] = {**fields["contract"], "profiles": sizes}
+    write_manifest(bundle, fields)
+    for given, expected in (((), (1, 12, 3)), (("--batch", "2"), (2, 48, 3))):
+        case = run("bench", bundle, "--rounds", "1", "--json", *given).json["case"]
+        assert (case["batch"], case["rows"] * case["cols"], case["txt_tokens"]) == expected
+
+
+def test_image_tokens_that_no_image_has_are_refused(
+    run: Callable[..., Any], bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmdit_deploy.latency.bundle.case_inputs", lambda *_: pytest.fail("said too late"))
+    fields = dict(read_manifest(bundle).fields)
+    ranges = {**fields["contract"]["ranges"], "img_tokens": [4, 16, 96]}
+    fields["contract"] = {**fields["contract"], "ranges": ranges, "profiles": []}
+    write_manifest(bundle, fields)
+    run("bench", bundle, "--img-tokens", "89").refused(2, "72 × 72", "89 image tokens", "88")
 
 
 def test_an_engine_that_the_bundle_lacks(run: Callable[..., Any], exported: tuple[Path, Any]) -> None:

@@ -73,7 +73,7 @@ def test_words_and_json_say_what_was_executed(
         open_bundle(dist / "b").manifest.fields["engines"]["rtx:sm89"]
     )
     last = result.err.strip().splitlines()[-1]
-    assert last.endswith("bundle written, ort-cpu verified; rtx:sm89 built, not executed (its graph verified)")
+    assert last.endswith("bundle written, ort-cpu verified; rtx:sm89 built, not executed (model.onnx verified)")
     assert "build: rtx:sm89 segment 2 of 2, " in result.err and "2 of 2 attentions fused" in result.err
     assert "NOT EXECUTED  b on rtx:sm89" in result.err
     # A later run of what cannot run is no success, whatever else the bundle has.

@@ -48,7 +48,7 @@ def test_a_gpu_that_no_engine_can_be_built_for(
         (["--profile", ""], ["e.g. --profile batch=2"]),
     ],
 )
-@pytest.mark.parametrize("stop", [[], ["--dry-run"], ["--graph-only"]])
+@pytest.mark.parametrize("stop", [[], ["--dry-run"]])
 def test_segments_and_profiles_that_cannot_be(
     refuse: Callable[..., str], checkpoint: Path, arguments: list[str], words: list[str], stop: list[str],
     tensorrt_rtx: None,
@@ -61,6 +61,18 @@ def test_segments_and_profiles_are_tensorrts(
     refuse: Callable[..., str], checkpoint: Path, arguments: list[str]
 ) -> None:
     refuse(2, [checkpoint, *arguments], arguments[0], "with ort-cpu", "add a TensorRT target")
+
+
+def test_segments_where_nothing_is_built(refuse: Callable[..., str], checkpoint: Path) -> None:
+    arguments = ["--target", "rtx:sm89", "--segments", "2", "--graph-only"]
+    refuse(2, [checkpoint, *arguments], "--segments 2 with --graph-only", "drop one of them")
+
+
+def test_what_the_arguments_decide_goes_before_what_is_installed(
+    refuse: Callable[..., str], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    refuse(2, [checkpoint, "--target", "rtx:sm89", "--segments", "99"], "1 to 2 segments")
 
 
 def test_an_engine_for_this_machines_gpu_where_there_is_none(

@@ -47,6 +47,9 @@ def test_reports(run: Callable[..., Any], exported: tuple[Path, Any], tmp_path: 
     suites = ElementTree.parse(junit).getroot()
     assert suites.get("failures", "0") == "0" and int(suites.get("tests", "0")) > 0
     assert "PASS" in html.read_text(encoding="utf-8")
+    properties = {p.get("name"): p.get("value") for p in suites.iter("property")}
+    assert properties["machine.torch"] == result.json["machine"]["torch"] == torch.__version__
+    assert f"torch {torch.__version__}" in html.read_text(encoding="utf-8")
 
 
 def test_a_wrong_bundle_is_status_1(run: Callable[..., Any], broken: Path, checkpoint: Path, tmp_path: Path) -> None:
@@ -93,6 +96,7 @@ def test_another_architecture_is_refused(run: Callable[..., Any], exported: tupl
         (["--engine", "ort-cuda"], 3, "--target ort-cuda"),
         (["--engine", "rtx:sm89"], 3, "--target rtx:sm89"),
         (["--engine", "rtx:sm90"], 2, "sm90"),
+        (["--engine", "rtx:sm89", "--blocks-only"], 2, "rtx:sm89 is run whole"),
         (["--checkpoint", "no/where"], 2, "hf download no/where"),
     ],
 )

@@ -176,4 +176,7 @@ def test_clamp() -> None:
 
 def test_json_round_trip(tiny_spec: ModelSpec) -> None:
     contract = Contract.of(tiny_spec, PRECISIONS["bf16"], {"batch": Range(1, 1, 1)}, outputs=("blocks.0",))
-    assert Contract.from_json(json.loads(json.dumps(contract.to_json()))) == contract
+    data = json.loads(json.dumps(contract.to_json()))
+    assert Contract.from_json(data) == contract
+    assert contract.max_side == data.pop("max_side") == tiny_spec.pos_max_size
+    assert Contract.from_json(data).max_side is None  # of a bundle that does not say

@@ -34,5 +34,5 @@ def test_default_targets(
     for name, flavour in (("RTX", RTX), ("TENSORRT", TENSORRT)):
         short = {"RTX": "rtx", "TENSORRT": "trt"}[name]
         packages = ("no-such-package", "numpy") if short in installed else ("no-such-package",)
-        monkeypatch.setattr(machine, name, dataclasses.replace(flavour, distributions=packages))
+        monkeypatch.setattr(machine, name, dataclasses.replace(flavour, distributions=packages, minimum="1"))
     assert default_targets() == expected

@@ -200,6 +200,9 @@ def test_a_fusion_miss_leaves_no_bundle(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The gate reads what was built: it sees what no check of our own graphs was asked about."""
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(logs))
     graphs_of(deep_spec, "fp16", ("trt", "standard"))  # before lowering is broken
     broken: Sequence[Pass] = (*DIALECTS["trt"], Pass("broken", _softmax_for_gelu))
     monkeypatch.setitem(DIALECTS, "trt", tuple(broken))
@@ -209,4 +212,6 @@ def test_a_fusion_miss_leaves_no_bundle(
     said = str(caught.value.received)
     assert caught.value.exit_status == 3 and caught.value.rule.startswith("rtx:sm89: each attention of the spec")
     assert "blocks.0: 2 Gelu expected, 0 in the graph" in said and "0 Softmax expected, 2 in the graph (node_" in said
-    assert list(tmp_path.iterdir()) == []
+    (log,) = logs.iterdir()  # what the builder said outlives the bundle that was not made
+    assert str(log) in str(caught.value.fix) and "] Layers:" in log.read_text(encoding="utf-8")
+    assert list(tmp_path.iterdir()) == [logs]

@@ -4,8 +4,11 @@ import html as html_escapes
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+
+import pytest
 
 from mmdit_deploy.report import verdict_html, write_html
 from mmdit_deploy.verify.records import Verdict
@@ -79,6 +82,55 @@ def test_a_pass_says_weights_tolerance_and_what_was_left_out(make_verdict: MakeV
     assert "First out of tolerance" not in shown.text
 
 
+def test_the_heading_says_what_passed_and_what_was_not_executed(make_verdict: MakeVerdict) -> None:
+    built = replace(make_verdict(target="rtx:sm89"), engine_executed=False)
+    source = verdict_html([make_verdict(), built], title="Parity", facts={})
+
+    words = "PASS on ort-cpu · rtx:sm89 built, not executed"
+    assert f"<title>{words}: Parity</title>" in source
+    assert f'<span class="badge not-executed">{words}</span>' in source
+    assert ".not-executed" in source[source.index("<style>") : source.index("</style>")]
+
+
+@pytest.mark.parametrize(
+    ("targets", "heading"),
+    [
+        ({"ort-cpu": "pass", "ort-cuda": "pass"}, "PASS"),
+        ({"rtx:sm89": "built"}, "NOT EXECUTED"),
+        ({"ort-cpu": "fail", "ort-cuda": "fail"}, "FAIL"),
+        (
+            {"ort-cpu": "pass", "ort-cuda": "fail", "trt": "built", "rtx:sm89": "built", "rtx:sm86": "none"},
+            "FAIL on ort-cuda · PASS on ort-cpu · trt, rtx:sm89 built, not executed · rtx:sm86 not verified",
+        ),
+        ({"ort-cpu": "pass", "ort-cuda": "none"}, "PASS on ort-cpu · ort-cuda not verified"),
+    ],
+)
+def test_headings(make_verdict: MakeVerdict, targets: dict[str, str], heading: str) -> None:
+    made = {
+        "pass": lambda target: make_verdict(target=target),
+        "fail": lambda target: make_verdict(target=target, rel_l2={"blocks.2": 0.1}),
+        "built": lambda target: replace(make_verdict(target=target), engine_executed=False),
+        "none": lambda target: make_verdict(target=target, executed=()),
+    }
+    verdicts = [made[kind](target) for target, kind in targets.items()]
+    assert f"<title>{heading}: Parity</title>" in verdict_html(verdicts, title="Parity", facts={})
+
+
+def test_the_machine_is_on_the_page_where_it_is_known(make_verdict: MakeVerdict) -> None:
+    machine = {
+        "cpu": "A CPU",
+        "cores": 16,
+        "gpu": "NVIDIA L40S",
+        "driver": "580.95.05",
+        "cuda": "13.0",
+        "torch": "2.13.0",
+    }
+    shown = page(replace(make_verdict(), machine=machine))
+
+    assert "machine A CPU, 16 cores; NVIDIA L40S, driver 580.95.05, CUDA 13.0; torch 2.13.0" in shown.text
+    assert "machine" not in page(make_verdict()).text
+
+
 def test_hostile_text_is_shown_not_run(make_verdict: MakeVerdict) -> None:
     hostile = "</style></svg><script>alert('x')</script>&\"\x00\ud800"
     verdict = make_verdict(
@@ -89,6 +141,7 @@ def test_hostile_text_is_shown_not_run(make_verdict: MakeVerdict) -> None:
         executed=(hostile,),
         not_executed=(hostile,),
     )
+    verdict = replace(verdict, machine={"cpu": hostile, hostile: hostile})
     source = verdict_html([verdict, verdict], title=hostile, facts={hostile: hostile})
 
     shown = Page(source)

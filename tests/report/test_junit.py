@@ -75,6 +75,17 @@ def test_properties_carry_tolerance_weights_and_reference(make_verdict: MakeVerd
     assert properties["tolerance.max_rel_l2"] == "0.005"
 
 
+def test_properties_carry_the_machine_where_the_engine_ran(make_verdict: MakeVerdict, tmp_path: Path) -> None:
+    machine = {"cpu": "A CPU", "gpu": None, "driver": "580.95.05"}
+    for verdict, expected in (
+        (replace(make_verdict(), machine=machine), {"cpu": "A CPU", "gpu": "none", "driver": "580.95.05"}),
+        (make_verdict(), {}),
+    ):
+        properties = {p.attrib["name"]: p.get("value") for p in written([verdict], tmp_path).iter("property")}
+        found = {name.removeprefix("machine."): v for name, v in properties.items() if name.startswith("machine.")}
+        assert found == expected
+
+
 def test_hostile_names_leave_the_file_well_formed(make_verdict: MakeVerdict, tmp_path: Path) -> None:
     name = "<b>&\"'\x00\ud800\ufffe]]>"
     root = written([make_verdict(names=(name,), rel_l2={name: 0.1}, weights=name)], tmp_path)

@@ -136,7 +136,10 @@ def make_module(fake: Fake, *, rtx: bool) -> Any:
         def set_optimization_profile_async(self, index: int, stream: int) -> bool:
             self.profile, self.shapes = index, {}
             fake.events.append(f"profile {index} of {self.engine.name} on {stream}")
-            return fake.refuses != "profile"
+            if fake.refuses == "profile":  # what the binding does of a False (pyCore.cpp)
+                logger.log(ILogger.Severity.ERROR, "out of something")
+                raise RuntimeError("Error in set optimization profile async.")
+            return True
 
         def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
             fake.events.append(f"shape {name}")
@@ -245,6 +248,7 @@ def make_module(fake: Fake, *, rtx: bool) -> Any:
         def create_execution_context(self, config: Any) -> Any:
             fake.events.append(f"context of {self.name}")
             if fake.refuses == "context":
+                logger.log(ILogger.Severity.ERROR, "out of something")
                 return None
             fake.contexts.append(Context(self, config))
             return fake.contexts[-1]

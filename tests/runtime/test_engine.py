@@ -16,7 +16,7 @@ from mmdit_deploy.checkpoint import random_tensor
 from mmdit_deploy.checkpoint.weights import RandomWeights
 from mmdit_deploy.errors import BundleError, ContractError, MachineError, MissingPackageError, MMDiTError, UsageError
 from mmdit_deploy.model import MMDiT, grid_ids
-from mmdit_deploy.runtime import Engine, engine_files, engine_graph, runnable_target
+from mmdit_deploy.runtime import Engine, engine_files, engine_graph, fit, runnable_target
 from mmdit_deploy.spec import ModelSpec
 from mmdit_deploy.verify.metrics import compare
 
@@ -190,11 +190,50 @@ def test_auto_where_nothing_runs(machine: Callable[..., None]) -> None:
     machine("CPU", gpu=True)
     with pytest.raises(MachineError, match="--target ort-cpu") as caught:
         runnable_target(with_engines("ort-cuda"))
+    assert "on cuda" not in caught.value.rule and "device" not in str(caught.value)
     assert "ort-cuda" in str(caught.value.received) and "CPUExecutionProvider" in str(caught.value.received)
     machine()
     for engine, extra in (("ort-cpu", "cpu"), ("ort-cuda", "gpu")):
         with pytest.raises(MissingPackageError, match=rf"mmdit-deploy\[{extra}\]"):
             runnable_target(with_engines(engine))
+
+
+def test_auto_runs_on_the_device_that_was_asked_for(machine: Callable[..., None]) -> None:
+    machine("CUDA", "CPU", gpu=True)
+    bundle = with_engines("ort-cuda", "ort-cpu")
+    for device, chosen in ((None, "ort-cuda"), ("cuda:1", "ort-cuda"), ("cpu", "ort-cpu"), ("cpu:0", "ort-cpu")):
+        assert runnable_target(bundle, device) == chosen
+        assert runnable_target(bundle, None if device is None else torch.device(device)) == chosen
+
+
+def test_auto_where_nothing_runs_on_the_device(machine: Callable[..., None]) -> None:
+    machine("CUDA", "CPU", gpu=True)
+    for engine, device, remedies in (
+        ("ort-cuda", "cpu", ["name no device", "mmdit-export … --target ort-cpu"]),
+        ("ort-cpu", "cuda:1", ["name no device"]),
+    ):
+        with pytest.raises(
+            MachineError, match=f"that this machine can run on {device}, and tiny has {engine}"
+        ) as caught:
+            runnable_target(with_engines(engine), device)
+        assert caught.value.received == f"{engine}: the device {device}"
+        assert str(caught.value.fix).split("; or: ") == remedies
+
+
+def test_auto_says_each_remedy_once(
+    fake: Any, bundled: Callable[..., Any], build: Callable[..., Any], machine: Callable[..., None]
+) -> None:
+    machine("CUDA", gpu=False)
+    bundle = bundled({"rtx:sm89": build()[0], "trt": build("trt")[0], "ort-cuda": None})
+    with pytest.raises(MachineError) as caught:
+        runnable_target(bundle)
+    remedies = ["run it on a machine with such a GPU, and a torch with CUDA", "mmdit-export … --target ort-cpu"]
+    assert str(caught.value.fix).split("; or: ") == remedies
+    machine("CPU", gpu=True)
+    fake.gpu = (8, 6)
+    with pytest.raises(MachineError) as caught:
+        runnable_target(bundled({"rtx:sm89": build()[0], "rtx:sm120": build("rtx:sm120", capabilities=("12.0",))[0]}))
+    assert caught.value.fix == "mmdit-export … --target rtx:sm86; or: mmdit-export … --target ort-cpu"
 
 
 @pytest.mark.parametrize("ask", [runnable_target, lambda bundle: engine_graph(bundle, "ort-cpu")])
@@ -341,6 +380,53 @@ def test_auto_prefers_a_tensorrt_that_fits(
     machine("CPU", gpu=False)
     assert runnable_target(bundle) == "ort-cpu"
     assert not fake.events
+
+
+def test_auto_asks_about_the_gpu_that_it_is_given(
+    fake: Any,
+    bundled: Callable[..., Any],
+    build: Callable[..., Any],
+    machine: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two GPUs of different kinds in one machine."""
+    machine("CUDA", "CPU", gpu=True)
+    monkeypatch.setattr(fit, "gpu", lambda device: torch.device("cuda:0") if device is None else device)
+    capabilities = {"cuda:0": (8, 9), "cuda:1": (12, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[str(device)])
+    engines = {"rtx:sm89": build()[0], "rtx:sm120": build("rtx:sm120", capabilities=("12.0",))[0], "ort-cpu": None}
+    bundle = bundled(engines)
+    for device, chosen in ((None, "rtx:sm89"), ("cuda:0", "rtx:sm89"), ("cuda:1", "rtx:sm120"), ("cpu", "ort-cpu")):
+        assert runnable_target(bundle, device) == chosen
+    monkeypatch.setattr("mmdit_deploy.runtime.engine.open_bundle", lambda path, verify: bundle)
+    taken: list[tuple[str, Any]] = []
+    monkeypatch.setattr(Engine, "__init__", lambda self, b, target, *, device, **_: taken.append((target, device)))
+    Engine.load("tiny", device="cuda:1")
+    assert taken == [("rtx:sm120", "cuda:1")]
+
+
+def test_whether_an_engine_runs_here_is_asked_once(
+    fake: Any, bundled: Callable[..., Any], build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what deserializes it; `auto` asks besides, to choose."""
+    asked: list[str] = []
+
+    def ask(record: Any, target: Any, device: Any = None) -> None:
+        asked.append(target.name)
+
+    for place in ("engine", "engines", "tensorrt"):  # whichever of them asks
+        monkeypatch.setattr(f"mmdit_deploy.runtime.{place}.check_runs_here", ask, raising=False)
+    Engine(bundled({"rtx:sm89": build()[0]}), "rtx:sm89")
+    assert asked == ["rtx:sm89"]
+
+
+def test_a_tensorrt_engine_where_there_is_no_gpu(bundled: Callable[..., Any], build: Callable[..., Any]) -> None:
+    """Said before torch is asked which GPU it would be."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    for target in ("rtx:sm89", "trt"):
+        with pytest.raises(MachineError, match="needs an NVIDIA GPU"):
+            Engine(bundled({target: build(target)[0]}), target)
 
 
 def test_auto_where_no_tensorrt_fits(

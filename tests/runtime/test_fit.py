@@ -13,7 +13,7 @@ from mmdit_deploy.build import RTX, TENSORRT, EngineRecord, parse_target
 from mmdit_deploy.build.flavours import Flavour
 from mmdit_deploy.errors import MachineError, MissingPackageError
 from mmdit_deploy.runtime import TensorRTEngine, check_runs_here
-from mmdit_deploy.runtime.fit import check_header
+from mmdit_deploy.runtime.fit import check_header, either
 from mmdit_deploy.runtime.loading import error_log
 
 Build = Callable[..., tuple[EngineRecord, list[Path]]]
@@ -76,10 +76,16 @@ def test_no_gpu(fake: Any, build: Build, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     error = refusal(build)
     assert "8.9" in error.rule and error.received == "torch finds no GPU"
-    assert "--target ort-cpu" in str(error.fix)
+    remedies = ["run it on a machine with such a GPU, and a torch with CUDA", "mmdit-export … --target ort-cpu"]
+    assert str(error.fix).split("; or: ") == remedies
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "which has no CUDA" in str(refusal(build).received)
     assert not fake.events
+
+
+def test_each_remedy_is_said_once() -> None:
+    assert either("a") == "a" and either("a", "b", "a") == "a; or: b"
+    assert either(either("a", "b"), either("b", "c")) == "a; or: b; or: c"
 
 
 def test_no_tensorrt(fake: Any, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from mmdit_deploy.export import ExportRequest, export
 from mmdit_deploy.latency import bench_bundle
 from mmdit_deploy.model import MMDiT, grid_ids
 from mmdit_deploy.runtime import Engine, engine_files, runnable_target, tensorrt
-from mmdit_deploy.runtime.kernel_cache import KernelCache
+from mmdit_deploy.runtime.runtime_cache import RuntimeCache
 from mmdit_deploy.spec import PRECISIONS, ModelSpec
 from mmdit_deploy.verification import verify_bundle
 from mmdit_deploy.verify.metrics import compare
@@ -259,13 +259,13 @@ def test_compiled_kernels_are_kept_and_taken_again(
         expected = {name: t.clone() for name, t in engine(feed(engine)).items()}
     assert file.stat().st_size >= at_load > 0
     taken: list[bool] = []
-    init = KernelCache.__init__
+    init = RuntimeCache.__init__
 
-    def spied(self: KernelCache, cache: Any, place: Path | None) -> None:
+    def spied(self: RuntimeCache, cache: Any, place: Path | None) -> None:
         init(self, cache, place)
         taken.append(self._written is not None)
 
-    monkeypatch.setattr(KernelCache, "__init__", spied)
+    monkeypatch.setattr(RuntimeCache, "__init__", spied)
     with Engine.load(path, target, specialize="eager") as engine:
         assert taken == [True]
         assert close_to(engine(feed(engine)), expected, 2e-3)
@@ -290,8 +290,7 @@ def test_an_engine_for_another_gpu_is_refused(
     monkeypatch.setattr("mmdit_deploy.runtime.tensorrt.deserialize", lambda *_: pytest.fail("it was deserialized"))
     with pytest.raises(MachineError, match=f"--target {mine}"):
         Engine.load(out, other)
-    for place in ("engine", "tensorrt"):
-        monkeypatch.setattr(f"mmdit_deploy.runtime.{place}.check_runs_here", lambda *_: None)
+    monkeypatch.setattr("mmdit_deploy.runtime.tensorrt.check_runs_here", lambda *_: None)
     with pytest.raises(MachineError, match="unsupported cc"):
         Engine.load(out, other)
 

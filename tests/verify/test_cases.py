@@ -6,10 +6,12 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mmdit_deploy.contract import Contract, Range
+from mmdit_deploy.contract import Contract, Profile, Range, parse_profile
+from mmdit_deploy.errors import UsageError
+from mmdit_deploy.runtime.tensorrt import choose_profile
 from mmdit_deploy.spec import PRECISIONS, ModelSpec, from_depth
 from mmdit_deploy.verify import Case, default_cases
 from mmdit_deploy.verify.cases import case_inputs, fit_grid
@@ -28,6 +30,12 @@ def test_the_defaults_are_few_and_small() -> None:
     assert max(c.img_tokens for c in thorough) == 4096
 
 
+def has_grid(tokens: Range) -> bool:
+    """Whether an image that the model has positions for has so many tokens."""
+    side = SPEC.pos_max_size
+    return any(rows * min(side, tokens.max // rows) >= tokens.min for rows in range(1, side + 1))
+
+
 @given(
     st.tuples(*(st.integers(1, 8) for _ in range(3))),
     st.tuples(*(st.integers(1, 16384) for _ in range(3))),
@@ -40,12 +48,14 @@ def test_every_case_is_within_the_contract(
     ranges = {
         axis: Range(*sorted(sizes)) for axis, sizes in (("batch", batch), ("img_tokens", img), ("txt_tokens", txt))
     }
+    assume(has_grid(ranges["img_tokens"]))
     contract = Contract.of(SPEC, FP16, ranges)
     cases = default_cases(contract, thorough=thorough)
     assert len(set(cases)) == len(cases) > 0
     for case in cases:
         sizes = {"batch": case.batch, "img_tokens": case.img_tokens, "txt_tokens": case.txt_tokens}
         contract.check({t.name: (t.dtype, t.shape(sizes)) for t in contract.inputs})
+        assert max(case.rows, case.cols) <= SPEC.pos_max_size
 
 
 @given(st.integers(1, 80), st.integers(1, 80), st.integers(1, 5000), st.integers(0, 100))
@@ -54,6 +64,94 @@ def test_a_grid_is_kept_or_moved_into_the_range(rows: int, cols: int, least: int
     assert least <= fitted[0] * fitted[1] <= least + more
     if least <= rows * cols <= least + more:
         assert fitted == (rows, cols)
+
+
+@pytest.mark.parametrize(
+    ("grid", "tokens", "fitted"),
+    [
+        ((20, 15), (1024, 16384), (37, 28)),
+        ((16, 17), (1024, 16384), (32, 33)),
+        ((16, 16), (1024, 16384), (32, 32)),
+        ((64, 64), (256, 1000), (31, 32)),
+        # What is not square stays so, where its tokens are only just so many.
+        ((16, 17), (4096, 4096), (32, 128)),
+        ((20, 15), (4096, 4096), (128, 32)),
+        ((16, 17), (1, 1), (1, 1)),
+        ((16, 17), (36864, 36864), (192, 192)),
+    ],
+)
+def test_a_grid_is_moved_no_further_than_it_must(
+    grid: tuple[int, int], tokens: tuple[int, int], fitted: tuple[int, int]
+) -> None:
+    assert fit_grid(*grid, *tokens, 192) == fitted
+
+
+@given(st.integers(8, 64), st.integers(8, 64), st.integers(64, 16384))
+def test_with_room_above_a_grid_keeps_near_the_minimum_and_its_aspect(rows: int, cols: int, least: int) -> None:
+    height, width = fit_grid(rows, cols, least, 36864, 192)
+    if rows * cols < least and max(rows / cols, cols / rows) < 2:
+        assert height * width < 1.35 * least  # of so few rows, one more may be an eighth
+        assert 0.7 < (height / width) / (rows / cols) < 1.4
+        assert rows == cols or height != width
+
+
+def test_no_grid_exceeds_the_models_positions() -> None:
+    assert fit_grid(20, 15, 256, 324, 18) == (18, 15)
+    with pytest.raises(UsageError, match=r"at most 192 × 192") as caught:
+        fit_grid(16, 16, 211, 211, 192)  # a prime: one row of 211
+    assert "211 image tokens" in str(caught.value.received) and "210" in str(caught.value.fix)
+
+
+PROFILES = {
+    "apart": ("img_tokens=256", "img_tokens=4096"),
+    "with room between": ("img_tokens=64:64:256", "img_tokens=320:1024:4096"),
+    "the README's": ("batch=2,img_tokens=1024", "batch=1:2:4,img_tokens=1024:4096:4096"),
+    "one within the next": ("img_tokens=1024", "img_tokens=256:1024:4096"),
+    "meeting": ("img_tokens=256:1024:4096", "img_tokens=4096:4096:16384"),
+    "three": ("batch=1,img_tokens=1024", "batch=2,img_tokens=1024", "batch=4,img_tokens=1024"),
+    "by text": ("txt_tokens=77", "txt_tokens=154", "txt_tokens=333"),
+    "by two axes": ("batch=1:1:2,img_tokens=256:256:1024", "batch=1:1:4,img_tokens=256:1024:4096"),
+}
+
+
+def profiled(*texts: str) -> Contract:
+    return Contract.of(from_depth(24), FP16, profiles=[parse_profile(text) for text in texts])
+
+
+def lies_in(case: Case, profile: Profile) -> bool:
+    sizes = {"batch": case.batch, "img_tokens": case.img_tokens, "txt_tokens": case.txt_tokens}
+    return all(profile[axis].min <= size <= profile[axis].max for axis, size in sizes.items())
+
+
+@pytest.mark.parametrize("thorough", [False, True])
+@pytest.mark.parametrize("name", PROFILES)
+def test_each_case_lies_in_a_profile_and_each_profile_is_run(name: str, thorough: bool) -> None:
+    contract = profiled(*PROFILES[name])
+    cases = default_cases(contract, thorough=thorough)
+    run = set()
+    for case in cases:  # by the runtime's own choice, which raises where there is none
+        sizes = {"batch": case.batch, "img_tokens": case.img_tokens, "txt_tokens": case.txt_tokens}
+        run.add(choose_profile(contract.profiles, sizes))
+    assert run == set(range(len(contract.profiles)))
+    assert len(set(cases)) == len(cases) <= 3 * (6 if thorough else 3) + len(contract.profiles) - 1
+
+
+def test_a_profile_costs_one_small_case() -> None:
+    few = default_cases(profiled("img_tokens=256:256:1024"))
+    more = default_cases(profiled("img_tokens=256:256:1024", "img_tokens=4096"))
+    assert more[:-1] == few == default_cases(Contract.of(from_depth(24), FP16))
+    assert (more[-1].batch, more[-1].img_tokens, more[-1].txt_tokens) == (1, 4096, 32)
+
+
+def test_a_profile_that_is_never_chosen_is_no_error() -> None:
+    contract = profiled("img_tokens=256:1024:4096", "img_tokens=1024")
+    cases = default_cases(contract)
+    assert all(any(lies_in(case, profile) for case in cases) for profile in contract.profiles)
+
+
+def test_a_profile_without_any_image_is_refused() -> None:
+    with pytest.raises(UsageError, match="192 × 192"):
+        default_cases(profiled("img_tokens=256", "img_tokens=4099"))
 
 
 @pytest.mark.parametrize("name", PRECISIONS)

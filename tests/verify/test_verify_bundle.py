@@ -8,13 +8,16 @@ from typing import Any
 
 import onnxruntime
 import pytest
+import torch
 
-from mmdit_deploy.bundle import read_manifest, write_manifest
+from mmdit_deploy.bundle import open_bundle, read_manifest, write_manifest
 from mmdit_deploy.checkpoint.weights import RandomWeights
 from mmdit_deploy.contract import Range
 from mmdit_deploy.errors import BundleError, MachineError, UsageError
 from mmdit_deploy.export import ExportRequest
+from mmdit_deploy.machine import machine_facts
 from mmdit_deploy.report import verdict_text
+from mmdit_deploy.runtime import runnable_target
 from mmdit_deploy.spec import PRECISIONS, ModelSpec
 from mmdit_deploy.verification import verify_bundle
 from mmdit_deploy.verify import Case, Verdict, verify_against_weights
@@ -160,3 +163,49 @@ def test_exposed_block_outputs_are_verified_too(
     )
     assert quick_export(request).verdicts[0].passed
     assert verify_bundle(tmp_path / "b").passed
+
+
+def _with_engines(copy: Any, *names: str) -> Path:
+    """The copy, said to have these engines too."""
+    fields = dict(read_manifest(copy.path).fields)
+    fields["engines"] = {**{name: {"graph": "model.ort.onnx"} for name in names}, **fields["engines"]}
+    write_manifest(copy.path, fields)
+    path: Path = copy.path
+    return path
+
+
+def test_blocks_only_takes_an_engine_that_can_be_stepped_through(
+    copy_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine that would run the TensorRT engine."""
+    monkeypatch.setattr("mmdit_deploy.runtime.engines.check_runnable", lambda *_: None)
+    path = _with_engines(copy_of("fp16"), "rtx:sm89")
+    assert runnable_target(open_bundle(path)) == "rtx:sm89"
+    assert verify_bundle(path, whole=False).target == "ort-cpu"
+
+
+def test_blocks_only_falls_back_to_the_cpu(copy_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(bundle: object, target: str) -> None:
+        if target == "ort-cuda":
+            raise MachineError("no CUDA here")
+
+    monkeypatch.setattr("mmdit_deploy.verification.check_runnable", check)
+    assert verify_bundle(_with_engines(copy_of("fp16"), "ort-cuda"), whole=False).target == "ort-cpu"
+
+
+def test_blocks_only_of_a_bundle_with_none_such_is_bad_input(copy_of: Callable[[str], Any]) -> None:
+    copy = copy_of("fp16")
+    fields = dict(read_manifest(copy.path).fields)
+    fields["engines"] = {"rtx:sm89": {"graph": "model.onnx"}}
+    write_manifest(copy.path, fields)
+    with pytest.raises(UsageError, match="rtx:sm89 is run whole"):
+        verify_bundle(copy.path, whole=False)
+
+
+def test_what_it_ran_on_is_written_down(healthy: Callable[[str], Path], copy_of: Callable[[str], Any]) -> None:
+    verdict = verify_bundle(healthy("fp16"))
+    assert verdict.machine == machine_facts() == verdict.to_json()["machine"]
+    assert verdict.machine["torch"] == torch.__version__ and verdict.machine["onnxruntime"]
+    # A TensorRT engine that was built here and not run has run on nothing.
+    built = copy_of("fp16").verify(record=object(), whole=False)
+    assert not built.engine_executed and built.machine == {}

@@ -1,4 +1,4 @@
-"""The kernels that TensorRT-RTX compiles when an engine first runs, kept between processes.
+"""TensorRT-RTX's runtime cache: the kernels that it compiles when an engine first runs, kept between processes.
 
 TensorRT-RTX itself checks a cache before it takes anything from it: its own version, the GPU, the driver. What it does
 not take is compiled again and written anew, so a cache may be deleted, copied or broken at any time.
@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mmdit_deploy.atomic import write_whole
 from mmdit_deploy.build import EngineRecord
+from mmdit_deploy.cache_folder import cache_folder, read_cached, write_cached
 
 
-def kernel_cache_file(record: EngineRecord, built_from: object, device: torch.device) -> Path | None:
+def runtime_cache_file(record: EngineRecord, built_from: object, device: torch.device) -> Path | None:
     """Where the kernels of an engine are kept, in the user's cache folder.
 
     Two builds of one thing differ in bytes and agree in kernels. So the file is named after what was built, not after
@@ -31,17 +30,17 @@ def kernel_cache_file(record: EngineRecord, built_from: object, device: torch.de
     Returns:
         ``~/.cache/mmdit-deploy/tensorrt-rtx/<version>/<GPU>/<name>.kernels``; None where the user has no home.
     """
-    root = _cache_folder()
+    root = cache_folder()
     if root is None:
         return None
     calls = [list(segment.calls) for segment in record.segments]
     named_after = json.dumps([record.target, record.to_json()["profiles"], calls, built_from], sort_keys=True)
     gpu = torch.cuda.get_device_name(device) + " sm{}{}".format(*torch.cuda.get_device_capability(device))
     name = hashlib.sha256(named_after.encode()).hexdigest()[:32]
-    return root / "mmdit-deploy" / _slug(record.flavour) / record.version / _slug(gpu) / f"{name}.kernels"
+    return root / _slug(record.flavour) / record.version / _slug(gpu) / f"{name}.kernels"
 
 
-class KernelCache:
+class RuntimeCache:
     """A runtime cache of TensorRT-RTX, and its file.
 
     Args:
@@ -53,10 +52,7 @@ class KernelCache:
         self.cache = cache
         self._file = file
         self._written: bytes | None = None
-        try:
-            content = file.read_bytes() if file is not None else b""
-        except OSError:  # there is none yet, or it cannot be read
-            return
+        content = b"" if file is None else read_cached(file)
         if content and cache.deserialize(content):
             self._written = hashlib.sha256(content).digest()
 
@@ -70,26 +66,8 @@ class KernelCache:
         blob = self.cache.serialize()
         content = b"" if blob is None else bytes(blob)
         digest = hashlib.sha256(content).digest()
-        if not content or digest == self._written:
-            return
-        try:
-            self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_whole(self._file, content)
-        except OSError:
-            return
-        self._written = digest
-
-
-def _cache_folder() -> Path | None:
-    # "All paths set in these environment variables must be absolute. […] consider the path invalid and ignore it"
-    # (XDG Base Directory Specification)
-    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if named.is_absolute():
-        return named
-    try:
-        return Path.home() / ".cache"
-    except RuntimeError:  # no HOME, and no entry in the user database
-        return None
+        if content and digest != self._written and write_cached(self._file, content):
+            self._written = digest
 
 
 def _slug(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Kernels that TensorRT-RTX compiled, kept between processes."""
+"""TensorRT-RTX's runtime cache: kernels that it compiled, kept between processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from mmdit_deploy.build import EngineRecord
 from mmdit_deploy.runtime import TensorRTEngine
-from mmdit_deploy.runtime.kernel_cache import KernelCache, kernel_cache_file
+from mmdit_deploy.runtime.runtime_cache import RuntimeCache, runtime_cache_file
 
 Build = Callable[..., tuple[EngineRecord, list[Path]]]
 GPU = torch.device("cpu")
@@ -35,53 +35,45 @@ class Runtime:
 
 
 def test_it_is_in_the_users_cache_folder(fake: Any, build: Build, own_cache: Path) -> None:
-    file = kernel_cache_file(build()[0], {"spec": 1}, GPU)
+    file = runtime_cache_file(build()[0], {"spec": 1}, GPU)
     assert file is not None
     folder = own_cache / "mmdit-deploy" / "tensorrt-rtx" / "1.7.1.116" / "nvidia-geforce-rtx-4090-sm89"
     assert file.parent == folder and file.suffix == ".kernels"
 
 
-def test_without_the_variable_it_is_in_the_home(fake: Any, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/somebody")
-    for value in ("relative", ""):  # the specification has relative paths ignored
-        monkeypatch.setenv("XDG_CACHE_HOME", value)
-        assert str(kernel_cache_file(build()[0], 0, GPU)).startswith("/home/somebody/.cache/mmdit-deploy/")
-
-    def homeless() -> Path:
-        raise RuntimeError
-
-    monkeypatch.setattr(Path, "home", homeless)
-    assert kernel_cache_file(build()[0], 0, GPU) is None
+def test_without_a_cache_folder_there_is_none(fake: Any, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmdit_deploy.runtime.runtime_cache.cache_folder", lambda: None)
+    assert runtime_cache_file(build()[0], 0, GPU) is None
 
 
 def test_one_file_for_what_gives_the_same_kernels(fake: Any, build: Build, chain: Any) -> None:
     """Not for each build: two of one thing differ in bytes."""
     record = build()[0]
-    file = kernel_cache_file(record, {"spec": 1}, GPU)
+    file = runtime_cache_file(record, {"spec": 1}, GPU)
     again = build(change=lambda content: content.update(note="another build"))[0]
     assert again.segments != record.segments
-    assert kernel_cache_file(again, {"spec": 1}, GPU) == file
+    assert runtime_cache_file(again, {"spec": 1}, GPU) == file
     others = [
-        kernel_cache_file(record, {"spec": 2}, GPU),
-        kernel_cache_file(build(profiles=(chain.narrow,))[0], {"spec": 1}, GPU),
-        kernel_cache_file(build(version="1.8.0.1")[0], {"spec": 1}, GPU),
+        runtime_cache_file(record, {"spec": 2}, GPU),
+        runtime_cache_file(build(profiles=(chain.narrow,))[0], {"spec": 1}, GPU),
+        runtime_cache_file(build(version="1.8.0.1")[0], {"spec": 1}, GPU),
     ]
     fake.gpu = (12, 0)
-    others.append(kernel_cache_file(record, {"spec": 1}, GPU))
+    others.append(runtime_cache_file(record, {"spec": 1}, GPU))
     assert len({file, *others}) == 5
 
 
 def test_what_was_kept_is_read_again(tmp_path: Path) -> None:
     file = tmp_path / "a" / "b" / "x.kernels"
     first = Runtime()
-    cache = KernelCache(first, file)
+    cache = RuntimeCache(first, file)
     cache.save()
     assert not file.exists()  # there is nothing to keep
     first.content = b"kernels 1"
     cache.save()
     assert file.read_bytes() == b"kernels 1" and os.stat(file.parent).st_mode & 0o077 == 0
     second = Runtime()
-    KernelCache(second, file)
+    RuntimeCache(second, file)
     assert second.content == b"kernels 1"
     assert [path.name for path in file.parent.iterdir()] == ["x.kernels"]
 
@@ -90,7 +82,7 @@ def test_only_new_kernels_are_written(tmp_path: Path) -> None:
     file = tmp_path / "x.kernels"
     file.write_bytes(b"kernels 1")
     runtime = Runtime()
-    cache = KernelCache(runtime, file)
+    cache = RuntimeCache(runtime, file)
     file.unlink()
     cache.save()
     assert not file.exists()
@@ -104,7 +96,7 @@ def test_a_broken_file_is_ignored_and_written_anew(tmp_path: Path, broken: bytes
     file = tmp_path / "x.kernels"
     file.write_bytes(broken)
     runtime = Runtime()
-    cache = KernelCache(runtime, file)
+    cache = RuntimeCache(runtime, file)
     assert runtime.content == b""
     runtime.content = b"kernels"
     cache.save()
@@ -116,7 +108,7 @@ def test_a_place_that_cannot_be_used_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "folder.kernels").mkdir()
     for file in (tmp_path / "file" / "x.kernels", tmp_path / "folder.kernels", None):
         runtime = Runtime()
-        cache = KernelCache(runtime, file)
+        cache = RuntimeCache(runtime, file)
         runtime.content = b"kernels"
         cache.save()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.kernels"]
