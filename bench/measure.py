@@ -7,7 +7,6 @@ not memory: the kernel may drop them at any time.
 from __future__ import annotations
 
 import json
-import platform
 import subprocess
 import sys
 import time
@@ -112,28 +111,12 @@ def p50_p90(values: Sequence[float]) -> tuple[float, float]:
     return median(values), quantiles(values, n=10, method="inclusive")[8] if len(values) > 1 else values[0]
 
 
-def machine() -> dict[str, Any]:
-    """What a result was measured on."""
-    import torch
-
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    return {
-        "cpu": model,
-        "cores": psutil.cpu_count(),
-        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-
-
 def write_result(name: str, data: Mapping[str, Any]) -> None:
     """Write bench/results/<name>.json, and print it as the last line."""
     from mmdit_deploy.export import versions
+    from mmdit_deploy.machine import machine_facts
 
-    record = {"benchmark": name, "machine": machine(), "versions": versions(), **data}
+    record = {"benchmark": name, "machine": machine_facts(), "versions": versions(), **data}
     path = Path(__file__).parent / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
