@@ -211,6 +211,13 @@ def test_random_weights_take_longer_than_a_checkpoint() -> None:
     assert 400e6 < read.memory_bytes < 450e6  # measured: 0.42 GB
 
 
+def test_figures_that_were_not_measured_are_called_so() -> None:
+    """Of enterprise TensorRT, which times kernels on the GPU."""
+    (warning,) = plan_of(("trt",), segments=8).warnings
+    assert warning.startswith("build trt (8 segments): these are TensorRT-RTX's figures")
+    assert plan_of(("rtx:sm89",), segments=8).warnings == ()
+
+
 @pytest.mark.parametrize("segments", [0, 39])
 def test_a_model_has_as_many_segments_as_blocks_at_most(segments: int) -> None:
     with pytest.raises(UsageError, match="1 to 38 segments"):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from mmdit_deploy.cli.terminal import check_report_path, emit, run_command
+from mmdit_deploy.errors import MachineError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -14,7 +15,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="mmdit-verify",
         description="Compare a bundle's engine with the eager fp32 model: with what was recorded at export, or, "
-        "given the checkpoint, block by block. Exit status 1 means out of tolerance.",
+        "given the checkpoint, block by block. Exit status 1 means out of tolerance, 3 that the engine did not run.",
     )
     p.add_argument("bundle", type=Path, metavar="BUNDLE", help="the bundle's directory")
     p.add_argument("--engine", metavar="TARGET", help="e.g. ort-cpu (default: what this machine can run)")
@@ -66,4 +67,6 @@ def _work(args: argparse.Namespace) -> int:
             title=f"{verdict.bundle} on {verdict.target}",
             facts={"weights": verdict.weights},
         )
-    return 0 if verdict.passed else 1
+    if not verdict.passed:
+        return 1
+    return 0 if verdict.engine_executed else MachineError.exit_status

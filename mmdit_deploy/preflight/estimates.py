@@ -45,6 +45,7 @@ RANDOM_BYTES_PER_VALUE = 8
 # bench/results/engine_build.json: TensorRT-RTX 1.7.1 for SM89, 24 joint blocks, 4.06 GB of fp16 weights, serialized to
 # a stream: a peak of 5.7 GB of anonymous memory with the process's own, 2.0 GB in four segments; the weights' file is
 # mapped besides. Three profiles were measured to take 3 × the kernels and 2 % more memory.
+UNMEASURED = "these are TensorRT-RTX's figures; TensorRT times kernels as well, and takes longer, and GPU memory"
 BUILD_SECONDS_PER_BYTE = 10.5e-9  # of weights, for each profile
 PROCESS_MEMORY = 500_000_000  # Python with torch and TensorRT
 BUILD_MEMORY = 130_000_000
@@ -156,6 +157,7 @@ def _build(
         mapped_bytes=largest,
         disk_bytes=round(BUILD_DISK_FACTOR * total),
         remedy=remedy,
+        caveat=UNMEASURED if target.flavour and target.flavour.timing_cache else "",
     )
 
 

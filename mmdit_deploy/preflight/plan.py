@@ -25,6 +25,7 @@ class Stage:
         mapped_bytes: weights that are mapped while it works. Where they do not fit too, they are read again.
         disk_bytes: that it adds to the bundle.
         remedy: what to do where the memory does not suffice.
+        caveat: what the figures leave out, if anything.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Stage:
     mapped_bytes: int = 0
     disk_bytes: int = 0
     remedy: str = _MORE_MEMORY
+    caveat: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -76,13 +78,14 @@ class Plan:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What fits, but not comfortably."""
-        return tuple(
+        """What fits, but not comfortably, and what the figures leave out."""
+        tight = tuple(
             f"{stage.name}: {gb(stage.memory_bytes)} and {gb(stage.mapped_bytes)} of mapped weights do not fit "
             f"together into {gb(self.available_memory)}; weights will be read from the disk more than once"
             for stage in self.stages
             if stage.memory_bytes <= self.available_memory < stage.memory_bytes + stage.mapped_bytes
         )
+        return tight + tuple(f"{stage.name}: {stage.caveat}" for stage in self.stages if stage.caveat)
 
     def text(self) -> str:
         """A table for people; ends without a newline."""

@@ -182,7 +182,14 @@ def _verdict(
     refusal = _whole_engine_refusal(engine)
     not_executed: tuple[str, ...] = ()
     if refusal is None:
-        checks = checks + _whole_engine(engine, expected)
+        try:
+            checks = checks + _whole_engine(engine, expected)
+        except MachineError as error:
+            if engine.record is None or not checks:
+                raise
+            # e.g. no room on the GPU: what took so long to build is not thrown away for that
+            refusal = _words(error)
+    if refusal is None:
         how = execution_of(engine.target, engine.precision)
         device = f" on {torch.cuda.get_device_name()}" if engine.target.device == "cuda" else ""
         executed = (*executed, f"the whole engine, {len(expected.cases)} cases: {how}{device}")
@@ -226,6 +233,10 @@ def _whole_engine(engine: EngineUnderTest, expected: _Expected) -> list[Check]:
     return checks
 
 
+def _words(error: MachineError) -> str:
+    return f"{error.rule}; here: {error.received}"
+
+
 def _whole_engine_refusal(engine: EngineUnderTest) -> str | None:
     """Why the whole engine is not run here, or None where it can be."""
     if not engine.whole:
@@ -234,7 +245,7 @@ def _whole_engine_refusal(engine: EngineUnderTest) -> str | None:
         try:
             check_runs_here(engine.record, engine.target)
         except MachineError as error:
-            return f"{error.rule}; here: {error.received}"
+            return _words(error)
         return None
     if engine.target.name != "ort-cpu":
         return None

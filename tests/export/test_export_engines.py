@@ -192,6 +192,35 @@ def _softmax_for_gelu(model: ir.Model) -> int:
     return len(gelus)
 
 
+def test_a_gpu_without_room_does_not_cost_the_engines(
+    deep_spec: ModelSpec,
+    traced_once: Callable[[], contextlib.AbstractContextManager[object]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its graph is verified, and the rest is for a later run of mmdit-verify, which is no success either."""
+
+    def no_room(*_: object) -> None:
+        raise MachineError("the engine rtx:sm89 must fit into the GPU's memory", received="1 GB are free")
+
+    monkeypatch.setattr("mmdit_deploy.verify.engine.check_runs_here", lambda *_: None)
+    monkeypatch.setattr("mmdit_deploy.verify.engine.open_runner", no_room)
+    request = ExportRequest(deep_spec, RandomWeights(0), PRECISIONS["fp16"], targets=("rtx:sm89",), out=tmp_path / "b")
+    with traced_once():
+        (verdict,) = export(request).verdicts
+    assert verdict.passed and not verdict.engine_executed and verdict.machine == {}
+    assert verdict.not_executed == (
+        "the engine: built, not executed: the engine rtx:sm89 must fit into the GPU's memory; here: 1 GB are free",
+    )
+    assert open_bundle(tmp_path / "b").manifest.fields["verified"] == []
+
+    monkeypatch.setattr("mmdit_deploy.verification.check_runs_here", lambda *_: None)
+    for arguments in ([], ["--full"]):
+        assert verify_command.main([str(tmp_path / "b"), "--engine", "rtx:sm89", *arguments]) == 3
+    assert "NOT EXECUTED" in capsys.readouterr().out
+
+
 def test_a_fusion_miss_leaves_no_bundle(
     deep_spec: ModelSpec,
     graphs_of: Callable[..., Graphs],
