@@ -134,9 +134,12 @@ def test_errors_are_one_json_document_too(capsys: pytest.CaptureFixture[str]) ->
 
 def start(work: str, **options: object) -> subprocess.Popen[str]:
     code = (
-        "import argparse, os, sys, time\n"
+        "import argparse, os, signal, sys, time\n"
         "from pathlib import Path\n"
         "from mmdit_deploy.cli.terminal import run_command\n"
+        # a shell, or nohup, may start us with them ignored
+        "for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):\n"
+        "    signal.signal(number, signal.SIG_DFL)\n"
         f"def work(args):\n{work}\n"
         "sys.exit(run_command(argparse.ArgumentParser('mmdit-test'), work, []))"
     )
