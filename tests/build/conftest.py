@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,12 @@ import pytest
 from mmdit_deploy.build import RTX
 from mmdit_deploy.build.build_log import BuildLog
 from mmdit_deploy.build.engine_builder import build_engine
+from mmdit_deploy.build.gate import check_fusion
 from mmdit_deploy.build.layers import EngineLayer
 from mmdit_deploy.checkpoint.weights import RandomWeights
 from mmdit_deploy.contract import Profile, Range
+from mmdit_deploy.errors import GraphError
+from mmdit_deploy.graph.census import implied_by_call
 from mmdit_deploy.spec import ModelSpec
 
 # A minimum of one token changes the plan (one image token alone cannot even be built in bf16).
@@ -77,3 +80,26 @@ def build_layers(tensorrt_rtx: Any, tmp_path_factory: pytest.TempPathFactory) ->
         return built.layers
 
     return build
+
+
+@pytest.fixture
+def refusal() -> Callable[..., str]:
+    """What the gate says of an engine that it must refuse: ``refusal(graph, layers, spec, fused=True, profiles=1)``."""
+
+    def refuse(graph: onnx.ModelProto, layers: Iterable[EngineLayer], spec: ModelSpec, **options: object) -> str:
+        given = {"fused": True, "profiles": 1, "what": "engines/rtx-sm89", **options}
+        with pytest.raises(GraphError) as caught:
+            check_fusion(graph, tuple(layers), implied_by_call(spec), **given)
+        assert caught.value.exit_status == 3
+        return str(caught.value)
+
+    return refuse
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The system's folder for temporary files."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    return folder

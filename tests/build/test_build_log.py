@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import shutil
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -130,15 +129,6 @@ def test_what_cannot_be_told_ends_the_build(tmp_path: Path) -> None:
     assert progress.cancelled
     with pytest.raises(BrokenPipeError, match="first"):
         progress.check()
-
-
-@pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The system's folder for temporary files."""
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    return folder
 
 
 def test_what_tensorrt_fails_at_keeps_a_copy_and_names_it(log: BuildLog, temporary: Path) -> None:

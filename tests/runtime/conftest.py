@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mmdit_deploy.build import RTX, TENSORRT, EngineRecord, SegmentRecord
 from mmdit_deploy.contract import Contract, Profile, Range, TensorSpec
+from mmdit_deploy.runtime import TensorRTEngine
 from mmdit_deploy.runtime.tensorrt import _Held
 
 X = TensorSpec("hidden_states", ("batch", "img_tokens", 4), "float32")
@@ -453,6 +454,21 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
+def outputs(inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Empty tensors for what the fake model makes of these inputs, and the size of each axis."""
+    batch, img_tokens = inputs["hidden_states"].shape[:2]
+    sizes = {"batch": batch, "img_tokens": img_tokens, "txt_tokens": 4}
+    empty = {s.name: torch.empty(s.shape(sizes), dtype=getattr(torch, s.dtype)) for s in CONTRACT.outputs}
+    return empty, sizes
+
+
+def run(engine: TensorRTEngine, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What an engine makes of inputs."""
+    results, sizes = outputs(inputs)
+    engine.run(inputs, results, sizes)
+    return results
+
+
 @pytest.fixture
 def chain() -> Any:
     """The fake model: its contract, its profiles, inputs for it, and what it computes."""
@@ -464,4 +480,6 @@ def chain() -> Any:
         expected=expected,
         aligned=aligned,
         stream=FakeStream,
+        outputs=outputs,
+        run=run,
     )

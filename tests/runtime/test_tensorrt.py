@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,29 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmdit_deploy.build import RTX, EngineRecord
+from mmdit_deploy.build import EngineRecord
 from mmdit_deploy.contract import Range
-from mmdit_deploy.errors import BundleError, ContractError, MachineError, UsageError
+from mmdit_deploy.errors import ContractError, MachineError
 from mmdit_deploy.runtime import TensorRTEngine, tensorrt
 from mmdit_deploy.runtime.chain import last_read
-from mmdit_deploy.runtime.loading import error_log
 from mmdit_deploy.runtime.tensorrt import choose_profile
 
 Build = Callable[..., tuple[EngineRecord, list[Path]]]
 TARGETS = ("rtx:sm89", "trt")
-
-
-def outputs(chain: Any, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
-    batch, img_tokens = inputs["hidden_states"].shape[:2]
-    sizes = {"batch": batch, "img_tokens": img_tokens, "txt_tokens": 4}
-    empty = {s.name: torch.empty(s.shape(sizes), dtype=getattr(torch, s.dtype)) for s in chain.contract.outputs}
-    return empty, sizes
-
-
-def run(engine: TensorRTEngine, chain: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    results, sizes = outputs(chain, inputs)
-    engine.run(inputs, results, sizes)
-    return results
 
 
 def same(received: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
@@ -54,7 +39,7 @@ def test_the_segments_run_as_one_at_any_shape(
     for seed, (batch, img_tokens) in enumerate([(2, 9), (1, 2), (4, 64), (2, 9), (2, 9)]):
         inputs = chain.feed(batch, img_tokens, seed)
         before = {name: t.clone() for name, t in inputs.items()}
-        assert same(run(engine, chain, inputs), chain.expected(inputs))
+        assert same(chain.run(engine, inputs), chain.expected(inputs))
         assert same(inputs, before)
 
 
@@ -62,7 +47,7 @@ def test_the_segments_run_as_one_at_any_shape(
 def test_it_reads_and_writes_the_tensors_own_memory(fake: Any, chain: Any, build: Build, target: str) -> None:
     engine = TensorRTEngine(*build(target))
     inputs = chain.feed()
-    results, sizes = outputs(chain, inputs)
+    results, sizes = chain.outputs(inputs)
     engine.run(inputs, results, sizes)
     first, second, last = fake.addresses
     assert first["timestep"] == inputs["timestep"].data_ptr()
@@ -82,8 +67,8 @@ def test_views_and_odd_addresses_are_copied(fake: Any, chain: Any, build: Build,
     offset = {name: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape) for name, t in plain.items()}
     assert not strided["hidden_states"].is_contiguous() and offset["hidden_states"].data_ptr() % 64
     for inputs in (strided, offset):
-        assert same(run(engine, chain, inputs), wanted)
-    results, sizes = outputs(chain, plain)
+        assert same(chain.run(engine, inputs), wanted)
+    results, sizes = chain.outputs(plain)
     odd = {name: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape) for name, t in results.items()}
     engine.run(plain, odd, sizes)
     assert same(odd, wanted)
@@ -104,10 +89,10 @@ def test_gradients_and_inference_mode_do_not_matter(
     inputs = chain.feed()
     wanted = chain.expected(inputs)
     with torch.inference_mode():
-        assert same(run(engine, chain, inputs), wanted)
+        assert same(chain.run(engine, inputs), wanted)
     for tensor in inputs.values():
         tensor.requires_grad_()
-    received = run(engine, chain, inputs)
+    received = chain.run(engine, inputs)
     assert same(received, wanted) and not any(t.requires_grad for t in received.values())
 
 
@@ -124,14 +109,14 @@ def test_tensors_between_segments_are_given_back_after_their_last_reader(
     inputs = chain.feed()
     # What is freed may be given to the next tensor, here as on a GPU: g may come where h was.
     for _ in range(3):
-        assert same(run(engine, chain, inputs), chain.expected(inputs))
+        assert same(chain.run(engine, inputs), chain.expected(inputs))
 
 
 def test_shapes_are_set_when_they_change(fake: Any, chain: Any, build: Build) -> None:
     engine = TensorRTEngine(*build())
     inputs, other = chain.feed(), chain.feed(1, 5)
     for feed, times in ((inputs, 1), (inputs, 1), (other, 2), (inputs, 3)):
-        run(engine, chain, feed)
+        chain.run(engine, feed)
         assert fake.count("shape timestep") == times
 
 
@@ -165,14 +150,14 @@ def test_each_profile_has_contexts_of_its_own(fake: Any, chain: Any, build: Buil
     assert [c.profile for c in fake.contexts] == [0, 0, 0]
     for img_tokens, made in ((9, 3), (16, 3), (17, 6), (9, 6), (40, 6)):
         inputs = chain.feed(2, img_tokens)
-        assert same(run(engine, chain, inputs), chain.expected(inputs))
+        assert same(chain.run(engine, inputs), chain.expected(inputs))
         assert len(fake.contexts) == made
     assert [c.profile for c in fake.contexts] == [0, 0, 0, 1, 1, 1]
 
 
 def test_all_contexts_share_one_workspace(fake: Any, chain: Any, build: Build) -> None:
     engine = TensorRTEngine(*build("rtx:sm89", (chain.narrow, chain.ranges)))
-    run(engine, chain, chain.feed(2, 40))
+    chain.run(engine, chain.feed(2, 40))
     assert len(fake.contexts) == 6 and len({c.memory for c in fake.contexts}) == 1
     assert {config.allocation.name for config in fake.configs} == {"USER_MANAGED"}
 
@@ -184,8 +169,8 @@ def test_work_goes_to_the_callers_stream(fake: Any, chain: Any, build: Build) ->
     engine = TensorRTEngine(*build())
     mine = chain.stream()
     with torch.cuda.stream(mine):
-        run(engine, chain, chain.feed())
-        run(engine, chain, chain.feed())
+        chain.run(engine, chain.feed())
+        chain.run(engine, chain.feed())
     ran = [e for e in fake.events if e.startswith("run")]
     assert len(ran) == 6 and all(e.endswith(f" on {mine.cuda_stream}") for e in ran)
 
@@ -194,7 +179,7 @@ def test_the_default_stream_is_worked_for_beside_it(fake: Any, chain: Any, build
     """TensorRT waits for the whole device around a call on the default stream, and cannot capture there."""
     engine = TensorRTEngine(*build())
     fake.events.clear()
-    run(engine, chain, chain.feed())
+    chain.run(engine, chain.feed())
     own = next(e for e in fake.events if e.startswith("run")).rsplit(" ", 1)[1]
     assert own != "0"
     assert fake.events[0] == f"{own} waits for 0" and fake.events[-1] == f"0 waits for {own}"
@@ -206,11 +191,11 @@ def test_a_call_on_another_stream_waits_for_the_call_before(fake: Any, chain: An
     engine = TensorRTEngine(*build())
     one, two = chain.stream(), chain.stream()
     with torch.cuda.stream(one):
-        run(engine, chain, chain.feed())
+        chain.run(engine, chain.feed())
     fake.events.clear()
     with torch.cuda.stream(two):
-        run(engine, chain, chain.feed())
-        run(engine, chain, chain.feed())
+        chain.run(engine, chain.feed())
+        chain.run(engine, chain.feed())
     assert fake.events[0] == f"{two.cuda_stream} waits for the call on {one.cuda_stream}"
     assert fake.count(f"{two.cuda_stream} waits") == 1
 
@@ -221,7 +206,7 @@ def test_threads_take_turns(fake: Any, chain: Any, build: Build) -> None:
 
     def work(seed: int) -> None:
         inputs = chain.feed(1 + seed % 4, 4 + seed, seed)
-        results[seed] = same(run(engine, chain, inputs), chain.expected(inputs))
+        results[seed] = same(chain.run(engine, inputs), chain.expected(inputs))
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
     for thread in threads:
@@ -238,7 +223,7 @@ def test_one_graph_is_captured_for_each_shape_and_profile(fake: Any, chain: Any,
     engine = TensorRTEngine(*build("trt", (chain.narrow, chain.ranges)), cuda_graphs=True)
     for (batch, img_tokens), captured in (((2, 9), 1), ((2, 9), 1), ((2, 17), 2), ((1, 9), 3), ((2, 17), 3)):
         inputs = chain.feed(batch, img_tokens, seed=batch)
-        assert same(run(engine, chain, inputs), chain.expected(inputs))
+        assert same(chain.run(engine, inputs), chain.expected(inputs))
         assert fake.count("capture") == captured
     assert fake.count("replay") == 5
 
@@ -247,13 +232,13 @@ def test_what_is_captured_ran_once_before_and_has_contexts_of_its_own(fake: Any,
     """TensorRT works new shapes into a context at its next run, and a graph breaks when its context changes."""
     engine = TensorRTEngine(*build("trt"), cuda_graphs=True)
     fake.events.clear()
-    run(engine, chain, chain.feed())
+    chain.run(engine, chain.feed())
     order = [e.split()[0] for e in fake.events if e.split()[0] in ("context", "run", "capture", "replay")]
     assert order == ["context"] * 3 + ["run"] * 3 + ["capture"] + ["run"] * 3 + ["replay"]
     captured = fake.addresses[3:]
     executed = len(fake.addresses)
-    run(engine, chain, chain.feed())
-    run(engine, chain, chain.feed(1, 7))
+    chain.run(engine, chain.feed())
+    chain.run(engine, chain.feed(1, 7))
     assert len(fake.contexts) == 9
     assert len(fake.addresses) == executed + 6 and fake.count("run") == 12  # the third call's, twice; no others
     assert {a for addresses in captured for a in addresses.values()}.isdisjoint(
@@ -268,7 +253,7 @@ def test_graphs_are_few_and_the_longest_unused_goes_first(
     engine = TensorRTEngine(*build("trt"), cuda_graphs=True)
     for img_tokens, captured in ((2, 1), (3, 2), (2, 2), (4, 3), (2, 3), (3, 4)):
         inputs = chain.feed(1, img_tokens)
-        assert same(run(engine, chain, inputs), chain.expected(inputs))
+        assert same(chain.run(engine, inputs), chain.expected(inputs))
         assert fake.count("capture") == captured, img_tokens
     # Before one is given up, what may still run it is waited for.
     assert "synchronize" in fake.events
@@ -281,11 +266,11 @@ def test_tensorrt_rtx_captures_its_own_graphs(fake: Any, chain: Any, build: Buil
     engine = TensorRTEngine(*build(), cuda_graphs=True)
     assert [c.cuda_graph_strategy.name for c in fake.configs[3:]] == ["WHOLE_GRAPH_CAPTURE"] * 3
     inputs = chain.feed()
-    wanted = run(plain, chain, inputs)
+    wanted = chain.run(plain, inputs)
     fake.addresses.clear()
     for seed in (0, 0, 1):
-        run(engine, chain, chain.feed(seed=seed))
-    assert same(run(engine, chain, inputs), wanted)
+        chain.run(engine, chain.feed(seed=seed))
+    assert same(chain.run(engine, inputs), wanted)
     assert not fake.count("capture") and fake.count("synchronize") == 0
     assert fake.addresses[:3] == fake.addresses[3:6] == fake.addresses[6:9]
 
@@ -297,169 +282,5 @@ def test_what_cannot_be_captured_is_said(fake: Any, chain: Any, build: Build, mo
     monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_end", fail)
     engine = TensorRTEngine(*build("trt"), cuda_graphs=True)
     with pytest.raises(MachineError, match="without cuda_graphs") as caught:
-        run(engine, chain, chain.feed())
+        chain.run(engine, chain.feed())
     assert "more" not in str(caught.value.received) and torch.cuda.current_stream().cuda_stream == 0
-
-
-# ---- loading ----
-
-
-@pytest.mark.parametrize("specialize", ["lazy", "eager", "none"])
-def test_when_kernels_are_specialized(fake: Any, build: Build, specialize: str) -> None:
-    TensorRTEngine(*build(), specialize=specialize)
-    names = [c.dynamic_shapes_kernel_specialization_strategy.name for c in fake.configs]
-    assert names == [specialize.upper()] * 3
-    with pytest.raises(UsageError, match="lazy, eager, none"):
-        TensorRTEngine(*build(), specialize="sometimes")
-
-
-def test_tensorrt_has_nothing_to_specialize_or_to_cache(fake: Any, build: Build, tmp_path: Path) -> None:
-    TensorRTEngine(*build("trt"), cache=tmp_path / "kernels", specialize="eager").close()
-    assert {c.dynamic_shapes_kernel_specialization_strategy for c in fake.configs} == {None}
-    assert not (tmp_path / "kernels").exists()
-
-
-def test_an_engine_that_does_not_load(fake: Any, build: Build) -> None:
-    fake.refuses = "load"
-    with pytest.raises(MachineError, match="loads segment-0") as caught:
-        TensorRTEngine(*build())
-    assert caught.value.received == "magic tag" and "--target rtx:sm89 --force" in str(caught.value.fix)
-
-
-@pytest.mark.parametrize("fails", ["context", "profile"])
-def test_what_lacks_memory_fails_at_load(fake: Any, build: Build, fails: str) -> None:
-    fake.refuses = fails
-    with pytest.raises(MachineError, match="segment-0") as caught:
-        TensorRTEngine(*build())
-    assert caught.value.exit_status == 3 and caught.value.received == "out of something"
-
-
-def test_activations_that_do_not_fit(fake: Any, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_memory(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nmore")
-
-    record, files = build()
-    monkeypatch.setattr(torch, "empty", no_memory)
-    with pytest.raises(MachineError, match="for activations") as caught:
-        TensorRTEngine(record, files)
-    assert caught.value.received == "CUDA out of memory. Tried to allocate 9 GiB"
-
-
-def test_a_run_that_fails_says_what_tensorrt_said(fake: Any, chain: Any, build: Build) -> None:
-    engine = TensorRTEngine(*build())
-    fake.refuses = "enqueue"
-    with pytest.raises(MachineError, match=r"enqueues engines/rtx-sm89/segment-0\.engine") as caught:
-        run(engine, chain, chain.feed())
-    assert caught.value.received == "out of something"
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda c: c["inputs"][0].update(name="latent"), "hidden_states"),
-        (
-            lambda c: c["outputs"][0].update(dtype="float32"),
-            "h: ('OUTPUT', 'float32', 3), not ('OUTPUT', 'float1",
-        ),
-        (lambda c: c["outputs"][0].update(axes=["batch", 8]), "h: ('OUTPUT', 'float16', 2)"),
-        (lambda c: c["outputs"].append({"name": "more", "axes": [1], "dtype": "float32"}), "more"),
-        (lambda c: c["inputs"].append(c["outputs"].pop(0)), "h: ('INPUT'"),
-        (lambda c: c["inputs"].append({"name": "host_sizes", "axes": [1], "dtype": "float32"}), "in the host's memory"),
-    ],
-)
-def test_an_engine_with_other_tensors_than_recorded_is_refused(
-    fake: Any, build: Build, change: Callable[[dict[str, Any]], object], words: str
-) -> None:
-    """It would read and write memory that is not its own."""
-    with pytest.raises(BundleError, match=r"segment-0\.engine has the tensors") as caught:
-        TensorRTEngine(*build(change=lambda c: change(c) if c["name"] == "segment-0" else None))
-    assert words in str(caught.value.received)
-    assert not fake.contexts
-
-
-def test_an_output_that_is_larger_than_its_memory_is_not_written(fake: Any, chain: Any, build: Build) -> None:
-    def widen(content: dict[str, Any]) -> None:
-        if content["name"] == "segment-1":
-            content["outputs"][1]["axes"][2] = 800
-
-    engine = TensorRTEngine(*build(change=widen))
-    with pytest.raises(BundleError) as caught:
-        run(engine, chain, chain.feed())
-    assert caught.value.received == "g is [2, 9, 800], not [2, 9, 8]"
-    assert fake.count("run segment-1") == 0
-
-
-def test_a_shape_that_the_engine_was_not_built_for(fake: Any, chain: Any, build: Build) -> None:
-    engine = TensorRTEngine(*build(change=lambda c: c["profiles"][0].update(img_tokens=[2, 4, 8])))
-    with pytest.raises(BundleError, match="export the bundle again") as caught:
-        run(engine, chain, chain.feed(2, 9))
-    assert caught.value.received == "hidden_states of shape [2, 9, 4] is refused"
-
-
-# ---- the end ----
-
-
-def test_what_was_closed_does_not_run(fake: Any, chain: Any, build: Build) -> None:
-    engine = TensorRTEngine(*build())
-    engine.close()
-    engine.close()
-    with pytest.raises(MachineError, match="it was closed"):
-        run(engine, chain, chain.feed())
-
-
-@pytest.mark.parametrize("cuda_graphs", [False, True])
-@pytest.mark.parametrize("target", TARGETS)
-def test_an_engine_that_is_dropped_is_freed(
-    fake: Any, chain: Any, build: Build, target: str, cuda_graphs: bool
-) -> None:
-    """Nothing that lives until the end of the process holds it."""
-    record, files = build(target)
-    before = fake.count("synchronize")
-    engine = TensorRTEngine(record, files, cuda_graphs=cuda_graphs)
-    run(engine, chain, chain.feed())
-    waited = fake.count("synchronize")
-    del engine
-    gc.collect()
-    assert fake.count("synchronize") == waited + 1 > before
-
-
-def test_the_log_keeps_what_is_wrong(fake: Any) -> None:
-    trt = RTX.load("a test")
-    log, severity = error_log(trt), trt.ILogger.Severity
-    for i in range(20):
-        log.log(severity.ERROR, f"wrong {i}")
-        log.log(severity.WARNING, "so what")
-    assert log.last() == " | ".join(f"wrong {i}" for i in range(12, 20)) and log.last() == "it gave no reason"
-
-
-# ---- the real module ----
-
-
-def test_the_real_module_has_all_that_is_used(fake: Any) -> None:
-    """A fake proves nothing about names: here TensorRT-RTX itself is asked, which needs no GPU."""
-    trt = pytest.importorskip("tensorrt_rtx")
-    used = {
-        "Runtime": "deserialize_cuda_engine engine_header_size get_engine_validity",
-        "ICudaEngine": "create_execution_context create_runtime_config device_memory_size_v2 get_tensor_dtype "
-        "get_tensor_location get_tensor_mode get_tensor_name get_tensor_shape num_io_tensors",
-        "IRuntimeConfig": "create_runtime_cache cuda_graph_strategy dynamic_shapes_kernel_specialization_strategy "
-        "set_execution_context_allocation_strategy set_runtime_cache",
-        "IRuntimeCache": "deserialize serialize",
-        "IExecutionContext": "execute_async_v3 get_tensor_shape set_device_memory set_input_shape "
-        "set_optimization_profile_async set_tensor_address",
-        "ExecutionContextAllocationStrategy": "USER_MANAGED",
-        "CudaGraphStrategy": "WHOLE_GRAPH_CAPTURE",
-        "DynamicShapesKernelSpecializationStrategy": "LAZY EAGER NONE",
-        "TensorLocation": "DEVICE",
-        "TensorIOMode": "INPUT OUTPUT",
-        "DataType": "FLOAT HALF BF16",
-        "EngineValidity": "INVALID",
-        "EngineInvalidityDiagnostics": "OLD_CUDA_DRIVER INSUFFICIENT_GPU_MEMORY CUDA_ERROR",
-    }
-    for name, members in used.items():
-        missing = [m for m in members.split() if not hasattr(getattr(trt, name), m)]
-        assert not missing, f"{name}: {missing}"
-    assert trt.DataType.HALF.name == "HALF" and trt.TensorIOMode.INPUT.name == "INPUT"
-    log = error_log(trt)
-    assert trt.Runtime(log).deserialize_cuda_engine(memoryview(b"no engine" * 20)) is None
-    assert "Serialization" in log.last()
