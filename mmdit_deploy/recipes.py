@@ -10,7 +10,8 @@ from typing import Any
 
 from mmdit_deploy.contract import AXES, Profile, Range, parse_profile
 from mmdit_deploy.errors import UsageError
-from mmdit_deploy.spec import precision, preset
+from mmdit_deploy.families import preset
+from mmdit_deploy.spec import precision
 
 _SUFFIX = ".toml"
 _MAX_BYTES = 2**20  # a recipe takes some hundred bytes

@@ -12,6 +12,7 @@ from mmdit_deploy.bundle import Bundle, open_bundle
 from mmdit_deploy.checkpoint.weights import RandomWeights, WeightSource, open_weights
 from mmdit_deploy.errors import BundleError, MachineError, MMDiTError, UsageError
 from mmdit_deploy.graph.lower import lower
+from mmdit_deploy.lora import LoraWeights, open_recorded
 from mmdit_deploy.runtime import check_runnable, check_runs_here, engine_files, engine_graph, runnable_target
 from mmdit_deploy.verify import (
     EngineUnderTest,
@@ -148,7 +149,7 @@ def _source(bundle: Bundle, checkpoint: str | Path | None) -> WeightSource:
                 received=f"weights from {weights['origin']}",
                 fix="--checkpoint PATH",
             )
-        return RandomWeights(weights["seed"])
+        return _merged(RandomWeights(weights["seed"]), bundle)
     spec, source = open_weights(checkpoint)
     ours, theirs = ({**s.to_json(), "name": ""} for s in (bundle.spec, spec))
     differing = [key for key in ours if ours[key] != theirs[key]]
@@ -158,4 +159,10 @@ def _source(bundle: Bundle, checkpoint: str | Path | None) -> WeightSource:
             received=", ".join(f"{key} {theirs[key]}, the bundle has {ours[key]}" for key in differing),
             fix="pass that checkpoint",
         )
-    return source
+    return _merged(source, bundle)
+
+
+def _merged(source: WeightSource, bundle: Bundle) -> WeightSource:
+    """A source with the LoRAs that the bundle was made with."""
+    records = bundle.manifest.fields["weights"].get("loras", [])  # none in bundles of earlier versions
+    return LoraWeights(source, open_recorded(records, bundle.spec)) if records else source

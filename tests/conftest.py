@@ -48,7 +48,12 @@ TINY = ModelSpec(
     pos_base_size=16,
 )
 
-_FUNCTIONS: dict[tuple[ModelSpec, str, torch.dtype], ir.Function] = {}
+# What a block's function depends on besides its name, and what no other function depends on.
+_OF_BLOCKS = (
+    "num_heads", "head_dim", "mlp_ratio", "activation", "bias", "qk_norm", "txt_mask", "fp16_clip", "rope_axes",
+)  # fmt: skip
+_NOT_OF_OTHERS = ("name", "family", "depth", "single_depth", "text_ends", "dual_attention_blocks", "qk_norm")
+_FUNCTIONS: dict[tuple[object, str, torch.dtype], ir.Function] = {}
 _GRAPHS: dict[object, Graphs] = {}
 
 
@@ -63,12 +68,12 @@ def _trace_kinds(spec: ModelSpec, calls: Sequence[Call], dtype: torch.dtype) -> 
 
     What kind of block it is, its name says; its depth is none of it.
     """
-    block = ModelSpec("", 1, spec.num_heads, spec.head_dim, mlp_ratio=spec.mlp_ratio, qk_norm=spec.qk_norm)
-    other = dataclasses.replace(spec, name="", depth=1, dual_attention_blocks=(), qk_norm=True)
+    block = tuple(getattr(spec, field) for field in _OF_BLOCKS)
+    other = tuple(value for field, value in dataclasses.asdict(spec).items() if field not in _NOT_OF_OTHERS)
     functions = {}
     for call in calls:
         name = call.kind.function
-        of = block if "JointBlock" in name else other
+        of = block if name.endswith("Block") else other
         key = (of, name, dtype)
         if key not in _FUNCTIONS:
             _FUNCTIONS[key] = trace(call.kind, dtype)

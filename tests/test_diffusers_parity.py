@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from mmdit_deploy.checkpoint import random_tensor, weight_statistics
-from mmdit_deploy.checkpoint.keys import POSITION_TABLE
 from mmdit_deploy.checkpoint.weights import open_weights
+from mmdit_deploy.families import POSITION_TABLE
 from mmdit_deploy.graph.pipeline import Graphs
 from mmdit_deploy.model import MMDiT, grid_ids
 from mmdit_deploy.runtime import open_session, run_session

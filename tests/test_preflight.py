@@ -13,8 +13,9 @@ import pytest
 from mmdit_deploy.build import check_targets
 from mmdit_deploy.contract import Contract, parse_profile
 from mmdit_deploy.errors import MachineError, UsageError
+from mmdit_deploy.families import preset
 from mmdit_deploy.preflight import Plan, Stage, check_plan, estimates, make_plan, rough_time
-from mmdit_deploy.spec import PRECISIONS, ModelSpec, from_depth, preset
+from mmdit_deploy.spec import PRECISIONS, ModelSpec, from_depth
 
 GIB = 2**30
 LARGE = preset("sd3.5-large")

@@ -8,8 +8,9 @@ import pytest
 
 from mmdit_deploy.contract import Contract, Range
 from mmdit_deploy.errors import UsageError
+from mmdit_deploy.families import PRESETS, preset
 from mmdit_deploy.recipes import load_recipe, recipe_names
-from mmdit_deploy.spec import PRESETS, precision, preset
+from mmdit_deploy.spec import precision
 
 GOOD = """description = "one of mine"
 preset = "sd3-medium"

@@ -16,7 +16,7 @@ from mmdit_deploy.build.flavours import Flavour
 from mmdit_deploy.build.layers import EngineLayer, parse_inspector, parse_layer_list
 from mmdit_deploy.build.progress import BuildProgress, run_cancellable, trt_monitor
 from mmdit_deploy.build.timing_cache import TimingCache
-from mmdit_deploy.contract import Profile
+from mmdit_deploy.contract import Profile, axis_range
 from mmdit_deploy.errors import GraphError, MachineError
 from mmdit_deploy.hashed_file import HashedFile, WrittenFile
 
@@ -146,7 +146,7 @@ def _optimization_profile(builder: Any, graph: onnx.ModelProto, profile: Profile
     for value in graph.graph.input:
         axes = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
         shapes = [
-            tuple(getattr(profile[axis], size) if isinstance(axis, str) else axis for axis in axes)
+            tuple(getattr(axis_range(axis, profile), size) if isinstance(axis, str) else axis for axis in axes)
             for size in ("min", "opt", "max")
         ]
         made.set_shape(value.name, *shapes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import onnx
@@ -26,6 +26,7 @@ from mmdit_deploy.graph.lower import lower
 from mmdit_deploy.graph.lower.batched_modulation import batched_modulation
 from mmdit_deploy.graph.modulations import check_modulations
 from mmdit_deploy.hashed_file import WrittenFile
+from mmdit_deploy.model import calls
 from mmdit_deploy.spec import ModelSpec, Precision
 
 Log = Callable[[str], None]
@@ -71,12 +72,14 @@ def build_target(
     records: list[SegmentRecord] = []
     layers: dict[str, Sequence[EngineLayer]] = {}
     files: dict[str, WrittenFile] = {}
+    modulating = {call.path for call in calls(spec) if call.modulates}
     with BuildLog(into / BUILD_LOG, lambda line: log(f"build: {target.name}: {line}")) as build_log:
-        for i, calls in enumerate(segments):
+        for i, run in enumerate(segments):
             what = target.name if len(segments) == 1 else f"{target.name} segment {i + 1} of {len(segments)}"
-            log(f"build: {what}, {calls[0]} to {calls[-1]}")
+            log(f"build: {what}, {run[0]} to {run[-1]}")
             build_log.begin(what)
-            graph = _lowered(extract_segment(standard, calls, f"{spec.name}.{i}"), dialect_of(target, precision), calls)
+            segment = extract_segment(standard, run, f"{spec.name}.{i}")
+            graph = _lowered(segment, dialect_of(target, precision), run, modulating)
             file = f"{target.folder}/segment-{i}.engine"
             progress = BuildProgress(_reporter(what, log))
             with build_log.kept_on_failure():
@@ -91,11 +94,11 @@ def build_target(
                     fused_attention=fused,
                     progress=progress,
                 )
-                expected = implied_by_call(spec, calls)
+                expected = implied_by_call(spec, run)
                 profiles = len(contract.profiles)
                 attentions = check_fusion(graph, built.layers, expected, fused=fused, profiles=profiles, what=what)
             layers[file], files[file] = built.layers, built.file
-            records.append(_segment_record(file, calls, graph, built, attentions))
+            records.append(_segment_record(file, run, graph, built, attentions))
     record = EngineRecord(
         target=target.name,
         flavour=flavour.name,
@@ -128,9 +131,11 @@ def _segment_record(
     )
 
 
-def _lowered(graph: onnx.ModelProto, dialect: str, calls: Sequence[str]) -> onnx.ModelProto:
+def _lowered(
+    graph: onnx.ModelProto, dialect: str, calls: Sequence[str], modulating: Collection[str]
+) -> onnx.ModelProto:
     lowered, results = lower(ir.from_proto(graph), dialect)
-    modulations = [call for call in calls if call.split(".")[0] in ("modulations", "final_modulation")]
+    modulations = [call for call in calls if call in modulating]
     batched = {result.name: result.count for result in results}[batched_modulation.name]
     if len(modulations) > 1 and batched != len(modulations):
         raise GraphError(
@@ -173,7 +178,7 @@ def _capabilities(flavour: Flavour, target: Target) -> tuple[str, ...]:
 
 
 def _summary(record: EngineRecord, spec: ModelSpec) -> str:
-    attentions = sum(b.attentions for b in spec.blocks)
+    attentions = spec.attentions
     fused = sum(record.fused_attentions.values())
     fusion = f"{fused} of {attentions} attentions fused" if fused else f"{attentions} attentions written out"
     seconds = sum(segment.seconds for segment in record.segments)

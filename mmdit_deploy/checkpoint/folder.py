@@ -1,4 +1,4 @@
-"""Opens a checkpoint as people have it: a diffusers transformer folder, sharded or not, or a pipeline."""
+"""Opens a checkpoint as people have it: a diffusers transformer folder, sharded or not, a pipeline, or one file."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from mmdit_deploy.checkpoint.safetensors_file import SafetensorsFile
 from mmdit_deploy.checkpoint.safetensors_header import TensorInfo
 from mmdit_deploy.checkpoint.strict_json import quote
 from mmdit_deploy.checkpoint.weight_files import (
-    PASS_FOLDER,
+    PASS_CHECKPOINT,
     PICKLE_SUFFIXES,
+    SAFETENSORS_SUFFIXES,
     check_shards,
     find_weights,
     lacking,
@@ -35,19 +36,17 @@ class Checkpoint:
     """An open checkpoint: its config, and the tensors of all its files as one table.
 
     Attributes:
-        path: the folder that holds config.json and the weights.
-        config: the config, as in the file.
-        class_name: the diffusers class, from the config.
+        path: the folder that holds config.json and the weights, or the one file.
+        config: the config, as in the file; None for one file.
         files: the weight files.
         tensors: every tensor by key; offsets are those in the file that holds it.
         total_bytes: of all tensors.
         dtypes: how many tensors there are of each dtype.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], files: Iterable[SafetensorsFile]) -> None:
+    def __init__(self, path: Path, config: dict[str, Any] | None, files: Iterable[SafetensorsFile]) -> None:
         self.path = path
         self.config = config
-        self.class_name: str = config["_class_name"]
         self._files = tuple(files)
         self._file_of = {key: file for file in self._files for key in file.tensors}
         self.files: tuple[Path, ...] = tuple(file.path for file in self._files)
@@ -95,7 +94,7 @@ def _transformer_folder(path: Path) -> Path:
             raise refuse_file(path)
         name = str(path)
         hub = _HUB_NAME.fullmatch(name)
-        if hub and path.suffix not in (".safetensors", ".gguf", *PICKLE_SUFFIXES):
+        if hub and path.suffix not in (*SAFETENSORS_SUFFIXES, ".gguf", *PICKLE_SUFFIXES):
             repository = hub[1]
             folder = repository.rpartition("/")[2]
             fix = (
@@ -103,7 +102,7 @@ def _transformer_folder(path: Path) -> Path:
                 f'hf download {repository} --include "transformer/*" --local-dir {folder}, then pass {folder}'
             )
         else:
-            fix = PASS_FOLDER
+            fix = PASS_CHECKPOINT
         raise CheckpointError("the checkpoint must exist", received=f"no such path: {quote(name)}", fix=fix)
     inside = path / "transformer"
     if (path / "model_index.json").is_file():
@@ -136,19 +135,23 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Opens a diffusers transformer folder, or that of a pipeline folder. Weights are mapped, not read.
+    """Opens a diffusers transformer folder, that of a pipeline folder, or one safetensors file of whatever is in it.
+
+    Weights are mapped, not read.
 
     Args:
-        path: the folder. Files in it may be symbolic links, as in a hub cache.
+        path: the folder or file. It, and files in it, may be symbolic links, as in a hub cache.
 
     Returns:
         The open checkpoint, with every file checked for consistency.
 
     Raises:
-        CheckpointError: if there is no such folder, or anything in it is missing, broken, ambiguous or of a
+        CheckpointError: if there is no such folder or file, or anything in it is missing, broken, ambiguous or of a
             kind that is not read.
     """
     folder = Path(path)
+    if folder.suffix.lower() in SAFETENSORS_SUFFIXES and folder.is_file():
+        return Checkpoint(folder, None, [SafetensorsFile(folder)])
     try:
         folder = _transformer_folder(folder)
         config = _read_config(folder)

@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+from mmdit_deploy.families import FAMILIES
+
 _STREAM = "mmdit-deploy random weights 1"  # change it, and every random bundle changes
 _CHUNK_WORDS = 2**15  # 256 KiB of 64-bit words, 512 KiB as fp32: stays in the L2 cache
 _PER_WORD = 4  # 16-bit values in a 64-bit word
@@ -24,15 +26,23 @@ _CHUNK_VALUES = _CHUNK_WORDS * _PER_WORD
 _WORDS_PER_COUNT = 4  # Philox 4x64 makes four words from one counter value
 _THREAD_FROM = 16 * _CHUNK_VALUES  # smaller tensors are done before a thread has started
 
-_MODULATION = re.compile(r"(^|\.)(norm1|norm1_context|norm_out)\.linear\.(weight|bias)")
-_QK_NORM = re.compile(r"(^|\.)norm_(q|k|added_q|added_k)\.weight")
+
+def _keys_of(paths: str) -> re.Pattern[str]:
+    """Weights and biases of all families' modules whose path in our model is of a pattern."""
+    chosen = (keys for family in FAMILIES.values() for keys in family.keys if re.search(paths, keys.path))
+    modules = {re.escape(module).replace(r"\*", "[0-9]+") for keys in chosen for module in keys.diffusers}
+    return re.compile(rf"(?:{'|'.join(sorted(modules))})\.(?:weight|bias)")
+
+
+_MODULATION = _keys_of(r"^\w*modulations?\.")
+_NORM = _keys_of(r"\.norm(?:_[qk])?$")
 
 
 def weight_statistics(key: str, shape: tuple[int, ...]) -> tuple[float, float]:
     """Mean and standard deviation of a random weight, such that no part of the model is idle.
 
     Modulation is not small: with AdaLN-Zero's own initialization every block is the identity, and parity on
-    such weights proves nothing. Query and key norms differ by channel, so that a swapped one is seen.
+    such weights proves nothing. Weights of norms differ by channel, so that a swapped one is seen.
 
     Args:
         key: canonical key (diffusers' name).
@@ -46,9 +56,9 @@ def weight_statistics(key: str, shape: tuple[int, ...]) -> tuple[float, float]:
     """
     if key.endswith("pos_embed.pos_embed"):
         raise ValueError(f"{key} is a computed table, not a random weight")
-    if _QK_NORM.search(key):
+    if _NORM.fullmatch(key):
         return 1.0, 0.1
-    modulation = _MODULATION.search(key) is not None
+    modulation = _MODULATION.fullmatch(key) is not None
     if len(shape) < 2:
         return 0.0, 0.1 if modulation else 0.02
     fan_in = math.prod(shape[1:])

@@ -13,8 +13,11 @@ from mmdit_deploy.errors import CheckpointError
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 _MAX_JSON_BYTES = 64 * 2**20  # an index of 100,000 keys takes about 10 MB
-PASS_FOLDER = "pass a diffusers folder: config.json with diffusion_pytorch_model.safetensors"
+PASS_CHECKPOINT = (
+    "pass a diffusers folder (config.json with diffusion_pytorch_model.safetensors), or one .safetensors file"
+)
 _AGAIN = "get the folder again (hf download), or save it again with save_pretrained"
 
 # variant in a name: diffusion_pytorch_model.fp16.safetensors, ….safetensors.index.fp16.json
@@ -47,21 +50,14 @@ def refuse_file(path: Path) -> CheckpointError:
         return CheckpointError(
             f"{path}: GGUF files are not read: their weights come quantized, in blocks that no engine runs",
             received="a .gguf file",
-            fix="pass the diffusers folder that it was made from",
+            fix="pass the diffusers folder or the .safetensors file that it was made from",
         )
-    if (path.parent / "config.json").is_file():
-        return CheckpointError(
-            "a checkpoint must be a folder",
-            received=f"the file {path}",
-            fix=f"pass its folder: {path.parent}",
-        )
-    if suffix == ".safetensors":
-        return CheckpointError(
-            f"{path}: single files of the original layout are not read yet",
-            received="a lone .safetensors file",
-            fix=PASS_FOLDER,
-        )
-    return CheckpointError("a checkpoint must be a folder", received=f"the file {path}", fix=PASS_FOLDER)
+    beside = (path.parent / "config.json").is_file()
+    return CheckpointError(
+        "a checkpoint must be a folder, or a .safetensors file",
+        received=f"the file {path}",
+        fix=f"pass its folder: {path.parent}" if beside else PASS_CHECKPOINT,
+    )
 
 
 def read_json_file(path: Path) -> dict[str, Any]:
@@ -80,11 +76,13 @@ def lacking(folder: Path, rule: str) -> CheckpointError:
     """The error for a folder that lacks something: pickle and GGUF weights get their own reason."""
     names = [p.name for p in folder.iterdir()]
     suffixes = {Path(name).suffix.lower() for name in names}
-    if ".safetensors" not in suffixes:
+    if not suffixes.intersection(SAFETENSORS_SUFFIXES):
         for name in sorted(names):
             if Path(name).suffix.lower() in (*PICKLE_SUFFIXES, ".gguf"):
                 return refuse_file(folder / name)
-    return CheckpointError(rule, received=f"the files {name_some(names) or '(none)'}", fix=PASS_FOLDER)
+    lone = [name for name in names if Path(name).suffix.lower() in SAFETENSORS_SUFFIXES]
+    fix = f"pass the file itself: {folder / lone[0]}" if len(lone) == 1 else PASS_CHECKPOINT
+    return CheckpointError(rule, received=f"the files {name_some(names) or '(none)'}", fix=fix)
 
 
 def find_weights(folder: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -11,17 +10,12 @@ import torch
 from torch import Tensor
 
 from mmdit_deploy.checkpoint.convert import convert
-from mmdit_deploy.checkpoint.folder import Checkpoint, open_checkpoint
-from mmdit_deploy.checkpoint.keys import POSITION_TABLE, Parameter, Part, parameters
+from mmdit_deploy.checkpoint.keys import Parameter, Part, parameters
 from mmdit_deploy.checkpoint.random_source import random_tensor, weight_statistics
 from mmdit_deploy.checkpoint.safetensors_file import SafetensorsFile
-from mmdit_deploy.checkpoint.safetensors_header import TensorInfo
-from mmdit_deploy.checkpoint.weight_files import name_some
+from mmdit_deploy.checkpoint.stored_model import StoredModel, open_model
 from mmdit_deploy.checkpoint.writer import Layout, plan_layout
-from mmdit_deploy.errors import CheckpointError
-from mmdit_deploy.model.embeddings import SincosPositions
-from mmdit_deploy.model.mmdit import grid_ids
-from mmdit_deploy.spec import ModelSpec, spec_from_config
+from mmdit_deploy.spec import ModelSpec
 
 
 class WeightSource(Protocol):
@@ -55,9 +49,9 @@ class RandomWeights:
 
 
 class FileWeights:
-    """Canonical tensors of one open file or folder."""
+    """Canonical tensors of one open file that holds them under their own keys, such as a bundle's."""
 
-    def __init__(self, source: Checkpoint | SafetensorsFile, description: str):
+    def __init__(self, source: SafetensorsFile, description: str):
         self._source = source
         self.description = description
 
@@ -88,76 +82,12 @@ def stream_parts(spec: ModelSpec, source: WeightSource, dtype: torch.dtype) -> I
             yield part.key, convert(source.part(part), dtype, part.key)
 
 
-def open_weights(path: str | Path) -> tuple[ModelSpec, FileWeights]:
-    """The spec and the weights of a checkpoint.
+def open_weights(path: str | Path) -> tuple[ModelSpec, StoredModel]:
+    """The spec and the weights of a checkpoint: a diffusers folder, or one safetensors file in any known layout.
 
     Raises:
-        CheckpointError: the files are broken, or the tensors do not fit the config; missing, extra and mis-shaped
-            keys are listed by name.
+        CheckpointError: the files are broken, or the tensors do not fit the config, or no one family; missing, extra
+            and mis-shaped keys are listed by name.
     """
-    checkpoint = open_checkpoint(path)
-    spec = spec_from_config(checkpoint.config, model_name(checkpoint.path))
-    if POSITION_TABLE in checkpoint.tensors and _table_differs(checkpoint, spec):
-        spec = dataclasses.replace(spec, pos_table=True)
-    _check_fit(checkpoint.tensors, spec, where=str(checkpoint.path))
-    return spec, FileWeights(checkpoint, f"checkpoint {checkpoint.path}")
-
-
-def model_name(folder: Path) -> str:
-    """What to call the model of a checkpoint folder, also of one in a hub cache.
-
-    ``models--stabilityai--stable-diffusion-3.5-medium/snapshots/<hash>/transformer`` → ``stable-diffusion-3.5-medium``
-    """
-    if folder.name == "transformer":
-        folder = folder.parent
-    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
-        return folder.parent.parent.name.rpartition("--")[2]
-    return folder.absolute().name or "mmdit"
-
-
-def _check_fit(tensors: dict[str, TensorInfo], spec: ModelSpec, *, where: str) -> None:
-    expected = {part.key: part.shape for parameter in parameters(spec) for part in parameter.parts}
-    missing = set(expected) - set(tensors)
-    extra = set(tensors) - set(expected) - {POSITION_TABLE}
-    misshaped = [
-        f"{key} {list(tensors[key].shape)}, expected {list(shape)}"
-        for key, shape in expected.items()
-        if key in tensors and tensors[key].shape != shape
-    ]
-    problems = [
-        f"{len(keys)} {what}: {name_some(keys)}"
-        for what, keys in (("missing", missing), ("not of this model", extra), ("mis-shaped", misshaped))
-        if keys
-    ]
-    if problems:
-        raise CheckpointError(
-            f"the tensors of {where} must be those that its config.json implies",
-            received="; ".join(problems),
-            fix="check that config.json belongs to these files, and download the folder again",
-        )
-
-
-def _table_differs(checkpoint: Checkpoint, spec: ModelSpec) -> bool:
-    """Whether a checkpoint's position table is another than the formula's, beyond the rounding of its dtype.
-
-    Read by bands of rows: SD3.5-Large's table has 90 million values.
-    """
-    info = checkpoint.tensors[POSITION_TABLE]
-    if info.shape != (1, spec.max_img_tokens, spec.width):
-        raise CheckpointError(
-            f"{POSITION_TABLE} has one row per position of the {spec.pos_max_size}² grid",
-            received=f"shape {list(info.shape)}, expected {[1, spec.max_img_tokens, spec.width]}",
-            fix="check that config.json belongs to these files",
-        )
-    table = checkpoint.read(POSITION_TABLE)[0]
-    # Sines and cosines are at most 1, so rounding is at most the dtype's epsilon; 2e-5 is the fp32 angles' own error.
-    tolerance = torch.finfo(info.dtype).eps + 2e-5
-    formula = SincosPositions(spec)
-    rows = torch.arange(spec.pos_max_size)
-    for band in rows.split(max(1, 4096 // spec.pos_max_size)):
-        ids = grid_ids(len(band), spec.pos_max_size) + torch.tensor([float(band[0]), 0.0])
-        start = int(band[0]) * spec.pos_max_size
-        stored = table[start : start + len(ids)].float()
-        if not bool(((stored - formula.at(ids)).abs() <= tolerance).all()):
-            return True
-    return False
+    model = open_model(path)
+    return model.spec, model

@@ -7,18 +7,14 @@ table.
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import onnx
 
 from mmdit_deploy.bundle.manifest import MANIFEST
-from mmdit_deploy.checkpoint import Checkpoint, SafetensorsFile, TensorInfo, open_checkpoint
-from mmdit_deploy.checkpoint.keys import Parameter, parameters
-from mmdit_deploy.checkpoint.weights import open_weights
 from mmdit_deploy.cli.describe_bundle import describe_bundle
+from mmdit_deploy.cli.describe_checkpoint import describe_checkpoint, describe_safetensors
 from mmdit_deploy.cli.describe_engine import describe_engine
 from mmdit_deploy.errors import UsageError
 from mmdit_deploy.graph.onnx_file import (
@@ -28,22 +24,12 @@ from mmdit_deploy.graph.onnx_file import (
     is_beside_model,
     read_onnx,
 )
-from mmdit_deploy.spec import ModelSpec
 
 _CHECKPOINT_MARKS = ("config.json", "model_index.json", "transformer")
-# Parts of the model, in the order of the data flow, by how the paths of their parameters begin.
-_PARTS = {
-    "conditioning": ("conditioning",),
-    "modulations": ("modulations", "final_modulation"),
-    "embedders": ("img_embed", "txt_embed"),
-    "blocks, image": ("blocks.*.img",),
-    "blocks, text": ("blocks.*.txt",),
-    "final": ("final",),
-}
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Describe a bundle, a checkpoint folder, or a file, of the kind that its name ends with.
+    """Describe a bundle, a checkpoint, or a file, of the kind that its name ends with.
 
     Args:
         path: the folder or file.
@@ -72,47 +58,11 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not path.exists():
         return describe_checkpoint(path)  # which fails, and knows what a name on a hub looks like
     raise UsageError(
-        "what is inspected is a bundle, a diffusers checkpoint folder, or an .engine, .onnx or .safetensors file",
+        "what is inspected is a bundle, a checkpoint (a diffusers folder or a .safetensors file), or an .engine, .onnx "
+        "or .safetensors file",
         received=f"the file {path}",
         fix="name one of these",
     )
-
-
-def describe_checkpoint(path: Path) -> dict[str, Any]:
-    """A diffusers folder whose tensors fit its config: the architecture, and where its parameters are.
-
-    Raises:
-        CheckpointError: the files are broken, or the tensors do not fit the config.
-    """
-    spec, _ = open_weights(path)
-    with open_checkpoint(path) as checkpoint:
-        return {
-            "kind": "checkpoint",
-            "path": str(checkpoint.path),
-            "class": checkpoint.class_name,
-            "spec": spec.to_json(),
-            "parameters": sum(p.numel for p in parameters(spec)),
-            "parts": _parts(spec, checkpoint),
-            "dtypes": _dtypes(checkpoint.tensors.values()),
-            "files": {file.name: file.stat().st_size for file in checkpoint.files},
-            "bytes": checkpoint.total_bytes,
-        }
-
-
-def _parts(spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    numel: Counter[str] = Counter(dict.fromkeys(_PARTS, 0))
-    nbytes: Counter[str] = Counter()
-    for parameter in parameters(spec):
-        part = _part(parameter)
-        numel[part] += parameter.numel
-        nbytes[part] += sum(checkpoint.tensors[source.key].nbytes for source in parameter.parts)
-    total = numel.total()
-    return {part: {"parameters": count, "share": count / total, "bytes": nbytes[part]} for part, count in numel.items()}
-
-
-def _part(parameter: Parameter) -> str:
-    pattern = ".".join("*" if step.isdecimal() else step for step in parameter.path.split(".")) + "."
-    return next(part for part, starts in _PARTS.items() if any(pattern.startswith(f"{s}.") for s in starts))
 
 
 def describe_onnx(path: Path) -> dict[str, Any]:
@@ -161,40 +111,9 @@ def _onnx_tensor(value: onnx.ValueInfoProto) -> dict[str, Any]:
     }
 
 
-def describe_safetensors(path: Path) -> dict[str, Any]:
-    """A safetensors file, from its header, which was checked against the file.
-
-    Raises:
-        UsageError: it is no file.
-        CheckpointError: it is no safetensors file down to the last byte.
-    """
-    with SafetensorsFile(path) as file:
-        return {
-            "kind": "safetensors",
-            "path": str(path),
-            "bytes": file.size,
-            "metadata": dict(file.metadata),
-            "dtypes": _dtypes(file.tensors.values()),
-            "parameters": sum(info.nbytes // info.dtype.itemsize for info in file.tensors.values()),
-            "tensors": {
-                key: {"dtype": _dtype(info), "shape": list(info.shape), "bytes": info.nbytes}
-                for key, info in file.tensors.items()
-            },
-        }
-
-
-def _dtype(info: TensorInfo) -> str:
-    return str(info.dtype).removeprefix("torch.")
-
-
-def _dtypes(tensors: Iterable[TensorInfo]) -> dict[str, dict[str, int]]:
-    """How many tensors there are of each dtype, and their bytes."""
-    found: dict[str, dict[str, int]] = {}
-    for info in tensors:
-        entry = found.setdefault(_dtype(info), {"tensors": 0, "bytes": 0})
-        entry["tensors"] += 1
-        entry["bytes"] += info.nbytes
-    return found
-
-
-_FILES = {".engine": describe_engine, ".onnx": describe_onnx, ".safetensors": describe_safetensors}
+_FILES = {
+    ".engine": describe_engine,
+    ".onnx": describe_onnx,
+    ".safetensors": describe_safetensors,
+    ".sft": describe_safetensors,
+}

@@ -44,6 +44,12 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--preset", metavar="NAME", help="architecture by name: sd3-medium, sd3.5-medium, sd3.5-large")
     model.add_argument("--depth", metavar="N", help="the SD3 paper's scaling: width 64·N, N heads, N blocks (1 to 128)")
     model.add_argument("--recipe", metavar="NAME|FILE", help="what to export as data: a shipped recipe or a TOML file")
+    p.add_argument(
+        "--lora",
+        action="append",
+        metavar="FILE[:SCALE]",
+        help="a LoRA (.safetensors, or a PEFT folder) to merge into the weights, SCALE times (default 1); may repeat",
+    )
     precision = p.add_mutually_exclusive_group()
     for name in PRECISIONS:
         help_text = f"compute in {name}" + (" (the default)" if name == "fp16" else "")
@@ -97,13 +103,16 @@ def _work(args: argparse.Namespace) -> int:
     from mmdit_deploy.export import export, preflight
 
     plan = preflight(request)
+    for lora in request.loras:
+        for note in lora.notes:
+            _log(note)
     data: dict[str, Any] = {
         **plan.to_json(),
-        "weights": request.source.description,
+        "weights": request.weights.description,
         "bundle": str(request.directory),
         "spec": request.spec.to_json(),
     }
-    summary = f"{request.spec.name} {request.precision.name}, weights {request.source.description}: {plan.text()}"
+    summary = f"{request.spec.name} {request.precision.name}, weights {request.weights.description}: {plan.text()}"
     if args.dry_run:
         emit(args, f"{summary}\ndry run: nothing was written", {"dry_run": True, **data})
         return 0
@@ -138,6 +147,7 @@ def _log(line: str) -> None:
 def _request(args: argparse.Namespace) -> ExportRequest:
     from mmdit_deploy.contract import Range, parse_profile
     from mmdit_deploy.export import ExportRequest, default_targets
+    from mmdit_deploy.lora import open_lora, parse_lora
     from mmdit_deploy.recipes import load_recipe
     from mmdit_deploy.spec import precision
 
@@ -148,12 +158,14 @@ def _request(args: argparse.Namespace) -> ExportRequest:
             fix="drop one of them",
         )
     recipe = load_recipe(args.recipe) if args.recipe else None
+    loras = [parse_lora(text) for text in args.lora or ()]
     spec, source = _model(args, recipe)
     ranges = dict(recipe.ranges) if recipe else {}
     ranges.update({axis: Range.parse(axis, text) for axis in AXES if (text := getattr(args, axis)) is not None})
     return ExportRequest(
         spec=spec,
         source=source,
+        loras=tuple(open_lora(path, spec, scale) for path, scale in loras),
         precision=precision(args.precision or (recipe.precision if recipe else "fp16")),
         targets=tuple(args.target or (recipe and recipe.targets) or default_targets()),
         out=args.out,
@@ -171,7 +183,8 @@ def _request(args: argparse.Namespace) -> ExportRequest:
 
 def _model(args: argparse.Namespace, recipe: Recipe | None) -> tuple[ModelSpec, WeightSource]:
     from mmdit_deploy.checkpoint.weights import RandomWeights, open_weights
-    from mmdit_deploy.spec import from_depth, preset
+    from mmdit_deploy.families import preset
+    from mmdit_deploy.spec import from_depth
 
     name = args.preset or (recipe.preset if recipe else None)
     if args.checkpoint is not None:

@@ -12,8 +12,9 @@ def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     p = argparse.ArgumentParser(
         prog="mmdit-inspect",
-        description="Say what is in a bundle (every byte is checked), a TensorRT engine of one, a diffusers checkpoint "
-        "folder, an .onnx file or a .safetensors file. No weight is loaded, and no engine is deserialized.",
+        description="Say what is in a bundle (every byte is checked), a TensorRT engine of one, a checkpoint (a "
+        "diffusers folder, or one .safetensors file in any layout), an .onnx file or any .safetensors file. "
+        "No weight is loaded, and no engine is deserialized.",
     )
     p.add_argument("path", metavar="BUNDLE|ENGINE|CHECKPOINT|FILE", help="the folder or file")
     return p

@@ -63,11 +63,14 @@ def _checkpoint(data: dict[str, Any]) -> list[str]:
         (part, f"{p['parameters']:,}", f"{p['share']:.1%}", in_units(p["bytes"])) for part, p in data["parts"].items()
     ]
     total = ("all", f"{data['parameters']:,}", "", in_units(sum(p["bytes"] for p in data["parts"].values())))
+    only = data["conditioning_only"]
     return [
-        f"checkpoint {plain(data['path'])}: {plain(data['class'])}, {data['parameters']:,} parameters, "
-        f"{in_units(data['bytes'])}",
+        f"checkpoint {plain(data['path'])}: {data['title']} ({data['class']}), {data['layout']} layout, "
+        f"{data['parameters']:,} parameters, {in_units(data['bytes'])}",
+        "\n".join(plain(note) for note in data["notes"]),
         _spec(data["spec"]),
-        titled("parameters", [("part", "count", "share", "size"), *parts, total]),
+        titled("parameters", [("part", "count", "share", "size"), *parts, total])
+        + f"\n  depend on conditioning only, and on no token: {only['parameters']:,} ({only['share']:.1%})",
         _dtypes(data),
         titled("files", [(name, in_units(nbytes)) for name, nbytes in data["files"].items()]),
     ]
@@ -107,6 +110,7 @@ def _safetensors(data: dict[str, Any]) -> list[str]:
     return [
         f"safetensors file {plain(data['path'])}: {in_units(data['bytes'])}, {len(data['tensors'])} tensors, "
         f"{data['parameters']:,} values",
+        "\n".join(plain(line) for line in (data["problem"] or "").splitlines()),
         _dtypes(data),
         titled("metadata", metadata),
         listing,

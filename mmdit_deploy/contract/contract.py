@@ -10,6 +10,7 @@ from mmdit_deploy.errors import ContractError, UsageError
 from mmdit_deploy.spec import ModelSpec, Precision
 
 AXES = ("batch", "img_tokens", "txt_tokens")
+TOKENS = "img_tokens + txt_tokens"  # the axis of both streams' tokens: a sum of axes is an axis
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ DEFAULT_RANGES: Mapping[str, Range] = {
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One input or output: its name, its axes (a name or a fixed size each) and its dtype (torch's name)."""
+    """One input or output: its name, its axes (a name, a sum of names or a fixed size each), its dtype (torch's name)."""
 
     name: str
     axes: tuple[str | int, ...]
@@ -70,7 +71,7 @@ class TensorSpec:
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape for given sizes of the symbolic axes."""
-        return tuple(sizes[a] if isinstance(a, str) else a for a in self.axes)
+        return tuple(axis_size(a, sizes) if isinstance(a, str) else a for a in self.axes)
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "axes": list(self.axes), "dtype": self.dtype}
@@ -79,6 +80,17 @@ class TensorSpec:
     def from_json(data: Mapping[str, Any]) -> TensorSpec:
         """Read what `to_json` wrote."""
         return TensorSpec(data["name"], tuple(data["axes"]), data["dtype"])
+
+
+def axis_size(axis: str, sizes: Mapping[str, int]) -> int:
+    """The size of a symbolic axis: its own, or the sum of those that it is the sum of."""
+    return sizes[axis] if axis in sizes else sum(sizes[part] for part in axis.split(" + "))
+
+
+def axis_range(axis: str, ranges: Mapping[str, Range]) -> Range:
+    """The sizes that a symbolic axis may have, a sum of axes too."""
+    parts = [ranges[part] for part in axis.split(" + ")]
+    return Range(sum(p.min for p in parts), sum(p.opt for p in parts), sum(p.max for p in parts))
 
 
 Profile = Mapping[str, Range]  # by axis: what one TensorRT optimization profile is built and tuned for
@@ -110,8 +122,8 @@ class Contract:
     Args:
         ranges: by axis.
         profiles: within the ranges; each is a plan of its own in a TensorRT engine.
-        max_side: rows and columns that an image may have at most, each: those of the model's position grid. None in
-            bundles that do not say.
+        max_side: rows and columns that an image may have at most, each: those of the model's position grid. None where
+            positions have no bound.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -149,31 +161,25 @@ class Contract:
         unknown = sorted(set(given) - set(AXES))
         if unknown:
             raise UsageError(f"the axes are {', '.join(AXES)}", received=str(unknown), fix="name one of them")
-        limit = spec.max_img_tokens
+        default = DEFAULT_RANGES["img_tokens"]
+        limit = spec.max_img_tokens or max(default.max, given.get("img_tokens", default).max)
         if given.get("img_tokens", Range(1, 1, 1)).max > limit:
             raise UsageError(
                 f"{spec.name} has positions for {spec.pos_max_size} × {spec.pos_max_size} = {limit} image tokens",
                 received=f"img_tokens up to {given['img_tokens'].max}",
                 fix=f"--img-tokens with a maximum of {limit} or less",
             )
-        default = DEFAULT_RANGES["img_tokens"]
         fitted = Range(min(default.min, limit), min(default.opt, limit), min(default.max, limit))
         compute = precision.dtype
         return Contract(
-            inputs=(
-                TensorSpec("hidden_states", ("batch", "img_tokens", spec.img_dim), compute),
-                TensorSpec("encoder_hidden_states", ("batch", "txt_tokens", spec.txt_dim), compute),
-                TensorSpec("timestep", ("batch",), "float32"),
-                TensorSpec("pooled_projections", ("batch", spec.pooled_dim), compute),
-                TensorSpec("img_ids", ("img_tokens", 2), "float32"),
-            ),
+            inputs=_inputs(spec, compute),
             outputs=(
                 TensorSpec("sample", ("batch", "img_tokens", spec.out_dim), compute),
-                *(TensorSpec(name, ("batch", "img_tokens", spec.width), compute) for name in dict.fromkeys(outputs)),
+                *(TensorSpec(name, ("batch", _axis_of(name), spec.width), compute) for name in dict.fromkeys(outputs)),
             ),
             ranges=(all_ranges := {**DEFAULT_RANGES, "img_tokens": fitted, **given}),
             profiles=tuple(_within(profile, all_ranges) for profile in profiles),
-            max_side=spec.pos_max_size,
+            max_side=spec.pos_max_size or None,
         )
 
     def check(self, received: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, int]:
@@ -255,6 +261,30 @@ class Contract:
             tuple(profile_from_json(profile) for profile in data.get("profiles", ())),
             None if data.get("max_side") is None else int(data["max_side"]),
         )
+
+
+def _inputs(spec: ModelSpec, compute: str) -> tuple[TensorSpec, ...]:
+    """What a model reads, in the order of diffusers' ``forward``."""
+    possible = (
+        (True, TensorSpec("hidden_states", ("batch", "img_tokens", spec.img_dim), compute)),
+        (True, TensorSpec("encoder_hidden_states", ("batch", "txt_tokens", spec.txt_dim), compute)),
+        (spec.txt_mask, TensorSpec("encoder_hidden_states_mask", ("batch", "txt_tokens"), "bool")),
+        (True, TensorSpec("timestep", ("batch",), "float32")),
+        (bool(spec.pooled_dim), TensorSpec("pooled_projections", ("batch", spec.pooled_dim), compute)),
+        (spec.guidance, TensorSpec("guidance", ("batch",), "float32")),
+        (True, TensorSpec("img_ids", ("img_tokens", spec.id_axes), "float32")),
+        (bool(spec.rope_axes), TensorSpec("txt_ids", ("txt_tokens", spec.id_axes), "float32")),
+        (
+            bool(spec.residuals),
+            TensorSpec("block_controlnet_hidden_states", (spec.residuals, "batch", "img_tokens", spec.width), compute),
+        ),
+    )
+    return tuple(tensor for present, tensor in possible if present)
+
+
+def _axis_of(block: str) -> str:
+    """The token axis of what a block makes: a joint block's image tokens, all tokens of a single block."""
+    return TOKENS if block.startswith("single_blocks.") else "img_tokens"
 
 
 def profile_to_json(profile: Profile) -> dict[str, list[int]]:

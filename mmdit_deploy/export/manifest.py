@@ -59,9 +59,10 @@ def manifest_fields(
         "contract": contract.to_json(),
         "outputs": list(request.outputs),
         "weights": {
-            "origin": source.description,
+            "origin": request.weights.description,
             "random": isinstance(source, RandomWeights),
             **({"seed": source.seed} if isinstance(source, RandomWeights) else {}),
+            "loras": [lora.to_json() for lora in request.loras],
             "file": None if request.graph_only else WEIGHTS,
         },
         "engines": {} if request.graph_only else {t.name: _engine(request, t, records) for t in targets},

@@ -112,7 +112,7 @@ def export(request: ExportRequest, log: Log = lambda _: None, plan: Plan | None 
         verdicts: tuple[Verdict, ...] = ()
         if not request.graph_only:
             log(f"weights: writing {layout.total_bytes / 1e9:.2f} GB as {precision.name}")
-            source = stream_parts(spec, request.source, getattr(torch, precision.dtype))
+            source = stream_parts(spec, request.weights, getattr(torch, precision.dtype))
             written = write_safetensors(folder / WEIGHTS, layout, source)
             hashes[WEIGHTS] = (written.size, written.sha256)
             for target in targets:
@@ -171,7 +171,7 @@ def _verify(
         log(f"verify: {engine.target.name}, {len(cases)} cases")
         made = verify_against_weights(
             engine,
-            request.source,
+            request.weights,
             cases,
             beside=() if verdicts else beside,
             record=None if verdicts else recorder,  # the reference is the same for every engine

@@ -10,6 +10,7 @@ from mmdit_deploy.build import Target, check_targets
 from mmdit_deploy.checkpoint.weights import WeightSource
 from mmdit_deploy.contract import Contract, Profile, Range
 from mmdit_deploy.errors import UsageError
+from mmdit_deploy.lora import Lora, LoraWeights
 from mmdit_deploy.spec import ModelSpec, Precision
 
 
@@ -19,7 +20,7 @@ class ExportRequest:
 
     Args:
         spec: the architecture.
-        source: its weights.
+        source: its weights, without LoRAs.
         precision: the compute type.
         targets: engines to build, e.g. ``("ort-cpu", "rtx:sm89")``.
         out: the bundle's directory; by default ``dist/<name>-<precision>``.
@@ -32,6 +33,7 @@ class ExportRequest:
         verify: compare the engines with the eager model; without, the bundle says that it was not verified.
         thorough: verify more and larger shapes.
         graph_only: stop at the graphs; no weights are written, nothing can run.
+        loras: merged into the weights, opened for the same architecture.
     """
 
     spec: ModelSpec
@@ -48,6 +50,12 @@ class ExportRequest:
     verify: bool = True
     thorough: bool = False
     graph_only: bool = False
+    loras: Sequence[Lora] = ()
+
+    @property
+    def weights(self) -> WeightSource:
+        """The weights that are exported and verified: the source's, with the LoRAs merged."""
+        return LoraWeights(self.source, self.loras) if self.loras else self.source
 
     @property
     def directory(self) -> Path:
@@ -61,10 +69,11 @@ class ExportRequest:
         Raises:
             UsageError: the request contradicts itself, or names something that does not exist.
         """
-        blocks = [f"blocks.{i}" for i in range(self.spec.depth)]
+        blocks = self.spec.block_names
         if len(set(self.outputs)) < len(self.outputs) or not set(self.outputs) <= set(blocks):
+            single = f", single_blocks.0 to {blocks[-1]}" if self.spec.single_depth else ""
             raise UsageError(
-                f"outputs are named {blocks[0]} to {blocks[-1]}, each once",
+                f"outputs are named blocks.0 to blocks.{self.spec.depth - 1}{single}, each once",
                 received=", ".join(ascii(name) for name in self.outputs),
                 fix="name blocks of this model",
             )

@@ -113,4 +113,4 @@ def _value(tensor: TensorSpec, type_: ir.TensorType) -> ir.Value:
 
 def onnx_dtype(torch_name: str) -> ir.DataType:
     """ONNX's type for a dtype by torch's name, e.g. ``bfloat16``."""
-    return ir.DataType.FLOAT if torch_name == "float32" else ir.DataType[torch_name.upper()]
+    return {"float32": ir.DataType.FLOAT}.get(torch_name) or ir.DataType[torch_name.upper()]

@@ -36,12 +36,15 @@ def implied_by_call(spec: ModelSpec, calls: Collection[str] | None = None) -> di
     Returns:
         Counts by op, by call.
     """
-    ops = {}
+    ops = {"txt_embed": {"RMSNormalization": 1}} if spec.txt_norm else {}
+    gelus = 1 if spec.activation == "gelu" else 0  # per MLP
     for i, block in enumerate(spec.blocks):
-        streams = 1 if block.text_ends else 2  # with an MLP; both have a norm before the attention
+        streams = 2 if block.makes_text else 1  # with an MLP; both have a norm before the attention
         qk_norms = 6 if block.dual_attention else 4
-        counts = (block.attentions, qk_norms if spec.qk_norm else 0, 2 + streams, streams, 0)
+        counts = (block.attentions, qk_norms if spec.qk_norm else 0, 2 + streams, gelus * streams, 0)
         ops[f"blocks.{i}"] = dict(zip(OPS, counts, strict=True))
+    for i in range(spec.single_depth):
+        ops[f"single_blocks.{i}"] = dict(zip(OPS, (1, 2 if spec.qk_norm else 0, 1, gelus, 0), strict=True))
     ops["final"] = {"LayerNormalization": 1}
     return {call: counts for call, counts in ops.items() if calls is None or call in calls}
 

@@ -19,18 +19,18 @@ from mmdit_deploy.errors import GraphError
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of a product ``x · wᵀ + b``: what it reads, and the bytes of these rows of `w` and `b` in the file."""
+    """Rows of a product ``x · wᵀ + b``: what it reads, and the bytes of these rows of `w`, and of `b`, in the file."""
 
     x: str
-    spans: tuple[tuple[int, int], tuple[int, int]]
-    row_bytes: tuple[int, int]
+    spans: tuple[tuple[int, int], ...]
+    row_bytes: tuple[int, ...]
 
     def cut(self, start: int, count: int) -> _Rows:
         spans = tuple(
             (begin + start * size, begin + (start + count) * size)
             for (begin, _), size in zip(self.spans, self.row_bytes, strict=True)
         )
-        return _Rows(self.x, (spans[0], spans[1]), self.row_bytes)
+        return _Rows(self.x, spans, self.row_bytes)
 
 
 def check_modulations(lowered: onnx.ModelProto, standard: onnx.ModelProto, calls: Collection[str]) -> int:
@@ -86,21 +86,19 @@ def _products(model: onnx.ModelProto) -> dict[str, _Rows]:
 
 
 def _product(inputs: Collection[str], initializers: dict[str, onnx.TensorProto]) -> _Rows | None:
-    """Of (x, weight, bias), with both in the file; else None."""
-    if len(inputs) != 3:
-        return None
-    x, weight, bias = inputs
-    if weight not in initializers or bias not in initializers:
+    """Of (x, weight) or (x, weight, bias), with both in the file; else None."""
+    x, *weights = inputs or [""]
+    if not 1 <= len(weights) <= 2 or not all(weight in initializers for weight in weights):
         return None
     spans, row_bytes = [], []
-    for tensor in (initializers[weight], initializers[bias]):
+    for tensor in (initializers[weight] for weight in weights):
         external = {entry.key: entry.value for entry in tensor.external_data}
         if "length" not in external:
             return None
         begin, length = int(external.get("offset", 0)), int(external["length"])
         spans.append((begin, begin + length))
         row_bytes.append(length // tensor.dims[0])
-    return _Rows(x, (spans[0], spans[1]), (row_bytes[0], row_bytes[1]))
+    return _Rows(x, tuple(spans), tuple(row_bytes))
 
 
 def _constant(node: onnx.NodeProto) -> np.ndarray:

@@ -16,6 +16,7 @@ from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mmdit_deploy.contract import TOKENS
 from mmdit_deploy.errors import GraphError
 from mmdit_deploy.model.calls import Kind
 
@@ -32,8 +33,8 @@ class _Pure(nn.Module):
         super().__init__()
         self._module = (module,)  # not a submodule: its weights must not become this one's
 
-    def forward(self, activations: tuple[Tensor, ...], weights: dict[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
-        out: Tensor | tuple[Tensor, ...] = torch.func.functional_call(self._module[0], weights, activations)
+    def forward(self, activations: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
+        out: Tensor | tuple[Tensor, ...] = torch.func.functional_call(self._module[0], weights, kwargs=activations)
         return out
 
 
@@ -51,12 +52,20 @@ def trace(kind: Kind, dtype: torch.dtype) -> ir.Function:
             **{name: p.detach() for name, p in module.named_parameters()},
             **{name: b.detach() for name, b in module.named_buffers()},
         }
-        activations = tuple(
-            torch.empty(t.shape(EXAMPLE_SIZES), dtype=getattr(torch, t.dtype) if t.dtype != "compute" else dtype)
+        activations = {
+            t.name: torch.empty(
+                t.shape(EXAMPLE_SIZES), dtype=getattr(torch, t.dtype) if t.dtype != "compute" else dtype
+            )
             for t in kind.inputs
-        )
-        axes = {a: torch.export.Dim(a) for t in kind.inputs for a in t.axes if isinstance(a, str)}
-        dynamic = tuple({i: axes[a] for i, a in enumerate(t.axes) if isinstance(a, str)} for t in kind.inputs)
+        }
+        # A sum of axes has no Dim of its own: where its parts are inputs too, it must equal them.
+        axes = {
+            a: torch.export.Dim.DYNAMIC if a == TOKENS else torch.export.Dim(a)
+            for t in kind.inputs
+            for a in t.axes
+            if isinstance(a, str)
+        }
+        dynamic = {t.name: {i: axes[a] for i, a in enumerate(t.axes) if isinstance(a, str)} for t in kind.inputs}
         with _quiet():
             exported = torch.export.export(
                 _Pure(module),

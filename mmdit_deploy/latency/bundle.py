@@ -91,7 +91,7 @@ def bench_bundle(
         check_runnable(bundle, name)
     # TensorRT-RTX would compile a shape's kernels in the background, and the first rounds would time slower ones.
     engines = {name: Engine(bundle, name, specialize="eager") for name in names}
-    inputs = {name: t.to(device) for name, t in case_inputs(case, bundle.contract).items()}
+    inputs = {name: t.to(device) for name, t in case_inputs(case, bundle.contract, bundle.spec).items()}
 
     rivals: dict[str, tuple[str, Run]] = {
         name: (execution_of(parse_target(name), bundle.precision), partial(engine, inputs))
@@ -148,7 +148,7 @@ def _case(bundle: Bundle, names: Sequence[str], given: Mapping[str, int | None])
             choose_profile(engine_files(bundle, name)[0].profiles, sizes)
     tokens = sizes["img_tokens"]
     side = max(1, round(tokens**0.5))
-    grid = fit_grid(side, side, tokens, tokens, bundle.spec.pos_max_size)
+    grid = fit_grid(side, side, tokens, tokens, contract.max_side)
     return Case(sizes["batch"], *grid, sizes["txt_tokens"], 500.0)
 
 
@@ -162,18 +162,19 @@ def _torch_rivals(
     if short:
         return {}, {"eager": short, "torch.compile": short}
     model = _eager_model(bundle, dtype, device)
-    arguments = [t.to(dtype) if t.is_floating_point() and n not in _FP32 else t for n, t in inputs.items()]
+    compute = {t.name for t in bundle.contract.inputs if t.dtype == bundle.precision.dtype}
+    arguments = {n: t.to(dtype) if n in compute else t for n, t in inputs.items()}
     how = f"PyTorch {torch.__version__}, {str(dtype).removeprefix('torch.')} on {device.type}"
 
     def eager() -> object:
         with torch.inference_mode():
-            return model(*arguments)
+            return model(**arguments)
 
     compiled_model = torch.compile(model)
 
     def compiled() -> object:
         with torch.inference_mode():
-            return compiled_model(*arguments)
+            return compiled_model(**arguments)
 
     rivals: dict[str, tuple[str, Run]] = {"eager": (how, eager), "torch.compile": (how, compiled)}
     try:
@@ -183,9 +184,6 @@ def _torch_rivals(
         del rivals["torch.compile"]
         return rivals, {"torch.compile": f"{type(error).__name__}: {said[:200]}"}
     return rivals, {}
-
-
-_FP32 = ("timestep", "img_ids")
 
 
 def _lacking_memory(bundle: Bundle, dtype: torch.dtype, device: torch.device) -> str | None:

@@ -1,6 +1,6 @@
 """The PyTorch reference model, and the same model as a chain of pure calls."""
 
 from mmdit_deploy.model.calls import Call, Kind, calls
-from mmdit_deploy.model.mmdit import MMDiT, grid_ids, nearest_square_ids
+from mmdit_deploy.model.mmdit import MMDiT, grid_ids, nearest_square
 
-__all__ = ["Call", "Kind", "MMDiT", "calls", "grid_ids", "nearest_square_ids"]
+__all__ = ["Call", "Kind", "MMDiT", "calls", "grid_ids", "nearest_square"]

@@ -1,6 +1,7 @@
-"""The joint block: a pure function of two token streams, their modulation tensors, and weights.
+"""Joint and single blocks: pure functions of token streams, their modulation tensors, positions, and weights.
 
-Shapes: B batch, N image tokens, M text tokens, C width, H heads, D head width, S modulation tensors.
+Shapes: B batch, N image tokens, M text tokens, T = N + M tokens (image before text), C width, H heads, D head width, S
+modulation tensors.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mmdit_deploy.model.layers import MLP, QKV, attention, modulate
+from mmdit_deploy.model.layers import ACTIVATIONS, MLP, QKV, RMSNorm, attention, finite, modulate, rotate
 from mmdit_deploy.spec import BlockSpec, ModelSpec
+
+SINGLE_MODULATIONS = 3  # shift, scale, gate of a single block
 
 
 class Modulation(nn.Module):
@@ -18,9 +21,9 @@ class Modulation(nn.Module):
     [B, C_cond] → [B, 1, S·C], the S tensors side by side in the order that the block reads them.
     """
 
-    def __init__(self, cond_dim: int, width: int, tensors: int):
+    def __init__(self, spec: ModelSpec, tensors: int):
         super().__init__()
-        self.proj = nn.Linear(cond_dim, tensors * width)
+        self.proj = nn.Linear(spec.cond_dim, tensors * spec.width, bias=spec.bias)
 
     def forward(self, conditioning: Tensor) -> Tensor:
         return self.proj(conditioning).unsqueeze(1)
@@ -32,20 +35,22 @@ class Stream(nn.Module):
     def __init__(self, spec: ModelSpec, *, ends: bool = False, dual_attention: bool = False):
         super().__init__()
         width = spec.width
-        self.qkv = QKV(width, spec.num_heads, qk_norm=spec.qk_norm)
+        self.qkv = QKV(spec)
         if not ends:
-            self.attn_out = nn.Linear(width, width)
-            self.mlp = MLP(width, spec.mlp_width)
+            self.attn_out = nn.Linear(width, width, bias=spec.bias)
+            self.mlp = MLP(spec)
         if dual_attention:
-            self.qkv2 = QKV(width, spec.num_heads, qk_norm=spec.qk_norm)
-            self.attn2_out = nn.Linear(width, width)
+            self.qkv2 = QKV(spec)
+            self.attn2_out = nn.Linear(width, width, bias=spec.bias)
 
 
 class JointBlock(nn.Module):
     """Both streams attend over each other's tokens; all else is per stream (SD3 paper, figure 2b).
 
     forward: ``hidden_states`` [B, N, C], ``encoder_hidden_states`` [B, M, C], ``img_modulation`` [B, 1, S·C],
-    ``txt_modulation`` [B, 1, S·C] → the two streams; the text stream's is absent where it ends.
+    ``txt_modulation`` [B, 1, S·C], and where the model has them ``cos`` and ``sin`` [T, D/2] of the tokens' angles,
+    ``attention_mask`` [B, 1, 1, T], ``residual`` [B, N, C] → the two streams; the text stream's is absent where nothing
+    reads it.
     """
 
     def __init__(self, spec: ModelSpec, kind: BlockSpec):
@@ -53,6 +58,7 @@ class JointBlock(nn.Module):
         self.kind = kind
         self.img = Stream(spec, dual_attention=kind.dual_attention)
         self.txt = Stream(spec, ends=kind.text_ends)
+        self.finite = finite(spec)
 
     def forward(
         self,
@@ -60,6 +66,10 @@ class JointBlock(nn.Module):
         encoder_hidden_states: Tensor,
         img_modulation: Tensor,
         txt_modulation: Tensor,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        residual: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         img, txt, kind = hidden_states, encoder_hidden_states, self.kind
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *dual = img_modulation.chunk(kind.img_modulations, -1)
@@ -70,7 +80,10 @@ class JointBlock(nn.Module):
 
         img_qkv = self.img.qkv(modulate(img, shift, scale))
         txt_qkv = self.txt.qkv(modulate(txt, txt_shift, txt_scale))
-        attended = attention(*(torch.cat(pair, dim=1) for pair in zip(img_qkv, txt_qkv, strict=True)))
+        q, k, v = (torch.cat(pair, dim=1) for pair in zip(img_qkv, txt_qkv, strict=True))
+        if cos is not None and sin is not None:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        attended = attention(q, k, v, attention_mask)
         img_attended, txt_attended = attended[:, : img.shape[1]], attended[:, img.shape[1] :]
 
         if kind.dual_attention:
@@ -79,11 +92,50 @@ class JointBlock(nn.Module):
         img = img + gate * self.img.attn_out(img_attended)
         if kind.dual_attention:
             img = img + gate2 * self.img.attn2_out(attended2)
-        img = img + gate_mlp * self.img.mlp(modulate(img, shift_mlp, scale_mlp))
-        if kind.text_ends:
+        img = self.finite(img + gate_mlp * self.img.mlp(modulate(img, shift_mlp, scale_mlp)))
+        if residual is not None:
+            img = img + residual
+        if not kind.makes_text:
             return (img,)
 
         txt_gate, txt_shift_mlp, txt_scale_mlp, txt_gate_mlp = txt_rest
         txt = txt + txt_gate * self.txt.attn_out(txt_attended)
-        txt = txt + txt_gate_mlp * self.txt.mlp(modulate(txt, txt_shift_mlp, txt_scale_mlp))
+        txt = self.finite(txt + txt_gate_mlp * self.txt.mlp(modulate(txt, txt_shift_mlp, txt_scale_mlp)))
         return img, txt
+
+
+class SingleBlock(nn.Module):
+    """One stream of all tokens, attention and MLP side by side: one projection into both, one out of both (FLUX).
+
+    forward: ``hidden_states`` [B, T, C], ``modulation`` [B, 1, 3·C], and where the model has them ``cos`` and ``sin``
+    [T, D/2], ``attention_mask`` [B, 1, 1, T] → [B, T, C]
+    """
+
+    def __init__(self, spec: ModelSpec):
+        super().__init__()
+        self.num_heads, self.width = spec.num_heads, spec.width
+        self.activate, factor = ACTIVATIONS[spec.activation]
+        self.proj = nn.Linear(spec.width, 3 * spec.width + factor * spec.mlp_width, bias=spec.bias)
+        self.norm_q = RMSNorm(spec.head_dim) if spec.qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(spec.head_dim) if spec.qk_norm else nn.Identity()
+        self.out = nn.Linear(spec.width + spec.mlp_width, spec.width, bias=spec.bias)
+        self.finite = finite(spec)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        modulation: Tensor,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        shift, scale, gate = modulation.chunk(SINGLE_MODULATIONS, -1)
+        projected = self.proj(modulate(hidden_states, shift, scale))
+        *qkv, mlp = projected.split([self.width] * 3 + [projected.shape[-1] - 3 * self.width], dim=-1)
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in qkv)
+        q, k = self.norm_q(q), self.norm_k(k)
+        if cos is not None and sin is not None:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        both = torch.cat([attention(q, k, v, attention_mask), self.activate(mlp)], dim=-1)
+        out: Tensor = self.finite(hidden_states + gate * self.out(both))
+        return out

@@ -5,60 +5,137 @@ Shapes: B batch, N image tokens, M text tokens, C width.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmdit_deploy.model.layers import FP16_MAX, RMSNorm
 from mmdit_deploy.spec import ModelSpec
 
 MAX_PERIOD = 10_000.0  # of every sinusoid (Vaswani et al. 2017, section 3.5; DDPM)
 TIMESTEP_CHANNELS = 256  # diffusers CombinedTimestepTextProjEmbeddings
 
 
-def frequencies(count: int) -> Tensor:
-    """``10000^(-i/count)`` for i = 0 … count-1, computed in fp64 and rounded once to fp32: [count].
+def frequencies(count: int, base: float = MAX_PERIOD) -> Tensor:
+    """``base^(-i/count)`` for i = 0 … count-1, computed in fp64 and rounded once to fp32: [count].
 
     A table, not a formula in the graph: runtimes differ in the last bit of `exp`, and a timestep of 1000
     multiplies that difference.
     """
     exponents = torch.arange(count, dtype=torch.float64, device="cpu") / count
-    return (MAX_PERIOD**-exponents).to(torch.float32)
+    return (base**-exponents).to(torch.float32)
 
 
-class TimestepEmbed(nn.Module):
-    """Sinusoids of the timestep (cosines first), then a two-layer MLP. [B] → [B, C_cond]"""
+def timestep_frequencies() -> Tensor:
+    """The frequencies of timestep and guidance embeddings: [TIMESTEP_CHANNELS / 2].
+
+    The exponents are rounded to fp32, as in every published implementation (diffusers get_timestep_embedding, BFL's
+    timestep_embedding): at a guidance of 5 on FLUX's scale, exact ones would turn the fastest wave by 5e-4.
+    """
+    count = TIMESTEP_CHANNELS // 2
+    exponents = -math.log(MAX_PERIOD) * torch.arange(count, dtype=torch.float32, device="cpu") / count
+    return exponents.double().exp().to(torch.float32)
+
+
+class Embedder(nn.Module):
+    """Linear, SiLU, linear. [B, C_in] → [B, C_cond]"""
+
+    def __init__(self, dim: int, spec: ModelSpec):
+        super().__init__()
+        self.up = nn.Linear(dim, spec.cond_dim, bias=spec.bias)
+        self.down = nn.Linear(spec.cond_dim, spec.cond_dim, bias=spec.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.up(x)))
+
+
+class ScalarEmbedder(Embedder):
+    """Sinusoids of a timestep or a guidance scale (cosines first), then the two layers. [B] → [B, C_cond]"""
 
     frequencies: Tensor
 
-    def __init__(self, cond_dim: int):
-        super().__init__()
-        self.up = nn.Linear(TIMESTEP_CHANNELS, cond_dim)
-        self.down = nn.Linear(cond_dim, cond_dim)
-        self.register_buffer("frequencies", frequencies(TIMESTEP_CHANNELS // 2), persistent=False)
+    def __init__(self, spec: ModelSpec):
+        super().__init__(TIMESTEP_CHANNELS, spec)
+        self.scale = spec.time_scale
+        self.register_buffer("frequencies", timestep_frequencies(), persistent=False)
 
-    def forward(self, timestep: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         # fp32: bf16 cannot represent timestep 999, and fp16 angles are off by half a radian there.
-        angles = timestep.float()[:, None] * self.frequencies
+        scaled = x.float() if self.scale == 1 else x.float() * self.scale
+        angles = scaled[:, None] * self.frequencies
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.down(F.silu(self.up(waves.to(self.up.weight.dtype))))
+        return super().forward(waves.to(self.up.weight.dtype))
 
 
 class Conditioning(nn.Module):
-    """The activated conditioning vector: SiLU(timestep embedding + pooled text embedding).
+    """The activated conditioning vector: SiLU of the sum of the embedded timestep, guidance and pooled text.
 
-    ``timestep`` [B] on the scale 0 to 1000, ``pooled_projections`` [B, C_pooled] → [B, C_cond]
+    ``timestep`` [B], ``pooled_projections`` [B, C_pooled], ``guidance`` [B], where the model has them → [B, C_cond]
 
     The SiLU is each modulation's in the paper's figure; here it is done once.
     """
 
     def __init__(self, spec: ModelSpec):
         super().__init__()
-        self.time = TimestepEmbed(spec.cond_dim)
-        self.pooled_up = nn.Linear(spec.pooled_dim, spec.cond_dim)
-        self.pooled_down = nn.Linear(spec.cond_dim, spec.cond_dim)
+        self.time = ScalarEmbedder(spec)
+        self.guidance = ScalarEmbedder(spec) if spec.guidance else None
+        self.pooled = Embedder(spec.pooled_dim, spec) if spec.pooled_dim else None
 
-    def forward(self, timestep: Tensor, pooled_projections: Tensor) -> Tensor:
-        return F.silu(self.time(timestep) + self.pooled_down(F.silu(self.pooled_up(pooled_projections))))
+    def forward(
+        self, timestep: Tensor, pooled_projections: Tensor | None = None, guidance: Tensor | None = None
+    ) -> Tensor:
+        conditioning: Tensor = self.time(timestep)
+        if self.guidance is not None:
+            conditioning = conditioning + self.guidance(guidance)
+        if self.pooled is not None:
+            conditioning = conditioning + self.pooled(pooled_projections)
+        return F.silu(conditioning)
+
+
+class RotaryPositions(nn.Module):
+    """Cosines and sines of RoPE's angles, image tokens before text tokens.
+
+    ``img_ids`` [N, axes], ``txt_ids`` [M, axes] fp32 → two of [N + M, D/2] in fp32. Each axis turns its share of the
+    channels of a head (FLUX's EmbedND, diffusers FluxPosEmbed and QwenEmbedRope).
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, spec: ModelSpec):
+        super().__init__()
+        self.pairs = [axis // 2 for axis in spec.rope_axes]
+        table = torch.cat([frequencies(count, spec.rope_theta) for count in self.pairs])
+        self.register_buffer("frequencies", table, persistent=False)
+
+    def forward(self, img_ids: Tensor, txt_ids: Tensor) -> tuple[Tensor, Tensor]:
+        columns = torch.cat([img_ids, txt_ids]).split(1, dim=-1)
+        parts = zip(columns, self.frequencies.split(self.pairs), strict=True)
+        angles = torch.cat([column * frequencies for column, frequencies in parts], dim=-1)
+        return angles.cos(), angles.sin()
+
+
+class AttentionMask(nn.Module):
+    """What to add to the scores of each token, as a key: text tokens that are masked out get no attention.
+
+    ``encoder_hidden_states_mask`` [B, M] bool, ``img_ids`` [N, axes] → [B, 1, 1, N + M], image tokens before text
+
+    Added numbers, and in fp16's range: TensorRT takes a bool mask with eight more kernels, and any precision's scores
+    stay far above -65504. There are always image tokens, so that no row is all masked.
+    """
+
+    def forward(self, encoder_hidden_states_mask: Tensor, img_ids: Tensor) -> Tensor:
+        masked = torch.where(encoder_hidden_states_mask, 0.0, -FP16_MAX).to(torch.get_default_dtype())
+        img = torch.zeros_like(img_ids[:, 0], dtype=masked.dtype).expand(masked.shape[0], -1)
+        return torch.cat([img, masked], dim=-1)[:, None, None]
+
+
+class Residuals(nn.Module):
+    """A ControlNet's residuals, one by one. ``block_controlnet_hidden_states`` [K, B, N, C] → K of [B, N, C]"""
+
+    def forward(self, block_controlnet_hidden_states: Tensor) -> tuple[Tensor, ...]:
+        return block_controlnet_hidden_states.unbind(0)
 
 
 class SincosPositions(nn.Module):
@@ -95,7 +172,7 @@ class TablePositions(nn.Module):
     def __init__(self, spec: ModelSpec):
         super().__init__()
         self.max_size = spec.pos_max_size
-        self.table = nn.Parameter(torch.zeros(spec.max_img_tokens, spec.width))
+        self.table = nn.Parameter(torch.zeros(spec.pos_max_size**2, spec.width))
 
     def forward(self, img_ids: Tensor) -> Tensor:
         rows, cols = (img_ids + crop_offset(img_ids, self.max_size)).unbind(-1)
@@ -108,27 +185,30 @@ def crop_offset(img_ids: Tensor, max_size: int) -> Tensor:
 
 
 class ImageEmbed(nn.Module):
-    """Image tokens, projected, plus their positions.
+    """Image tokens, projected, plus their positions where the model adds them.
 
     ``hidden_states`` [B, N, C_in], ``img_ids`` [N, 2] → [B, N, C]
     """
 
     def __init__(self, spec: ModelSpec):
         super().__init__()
-        self.proj = nn.Linear(spec.img_dim, spec.width)
-        self.positions = TablePositions(spec) if spec.pos_table else SincosPositions(spec)
+        self.proj = nn.Linear(spec.img_dim, spec.width, bias=spec.bias)
+        self.positions: nn.Module | None = None
+        if spec.pos_max_size:
+            self.positions = TablePositions(spec) if spec.pos_table else SincosPositions(spec)
 
-    def forward(self, hidden_states: Tensor, img_ids: Tensor) -> Tensor:
-        positions: Tensor = self.positions(img_ids)
-        return self.proj(hidden_states) + positions.to(hidden_states.dtype)
+    def forward(self, hidden_states: Tensor, img_ids: Tensor | None = None) -> Tensor:
+        img: Tensor = self.proj(hidden_states)
+        return img if self.positions is None else img + self.positions(img_ids).to(img.dtype)
 
 
 class TextEmbed(nn.Module):
-    """``encoder_hidden_states`` [B, M, C_txt] → [B, M, C]"""
+    """Text tokens, normed where the model does, and projected. ``encoder_hidden_states`` [B, M, C_txt] → [B, M, C]"""
 
     def __init__(self, spec: ModelSpec):
         super().__init__()
-        self.proj = nn.Linear(spec.txt_dim, spec.width)
+        self.norm = RMSNorm(spec.txt_dim) if spec.txt_norm else nn.Identity()
+        self.proj = nn.Linear(spec.txt_dim, spec.width, bias=spec.bias)
 
     def forward(self, encoder_hidden_states: Tensor) -> Tensor:
-        return self.proj(encoder_hidden_states)
+        return self.proj(self.norm(encoder_hidden_states))

@@ -1,4 +1,5 @@
-"""The reference MMDiT: embed, joint blocks, head. It reads like figure 2 of the SD3 paper (arXiv:2403.03206).
+"""The reference MMDiT: embed, joint blocks, single blocks, head. It reads like figure 2 of the SD3 paper
+(arXiv:2403.03206), with the single blocks of FLUX.
 
 Shapes: B batch, N image tokens, M text tokens, C width.
 """
@@ -12,8 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from mmdit_deploy.errors import SpecError
-from mmdit_deploy.model.blocks import JointBlock, Modulation
-from mmdit_deploy.model.embeddings import Conditioning, ImageEmbed, TextEmbed
+from mmdit_deploy.families import position_ids
+from mmdit_deploy.model.blocks import SINGLE_MODULATIONS, JointBlock, Modulation, SingleBlock
+from mmdit_deploy.model.embeddings import (
+    AttentionMask,
+    Conditioning,
+    ImageEmbed,
+    Residuals,
+    RotaryPositions,
+    TextEmbed,
+)
 from mmdit_deploy.model.layers import modulate
 from mmdit_deploy.spec import BlockSpec, ModelSpec
 
@@ -23,11 +32,33 @@ class BlockModulation(nn.Module):
 
     def __init__(self, spec: ModelSpec, kind: BlockSpec):
         super().__init__()
-        self.img = Modulation(spec.cond_dim, spec.width, kind.img_modulations)
-        self.txt = Modulation(spec.cond_dim, spec.width, kind.txt_modulations)
+        self.img = Modulation(spec, kind.img_modulations)
+        self.txt = Modulation(spec, kind.txt_modulations)
 
     def forward(self, conditioning: Tensor) -> tuple[Tensor, Tensor]:
         return self.img(conditioning), self.txt(conditioning)
+
+
+class SharedModulation(BlockModulation):
+    """The modulation tensors of all joint blocks, and of all single ones (FLUX.2)."""
+
+    def __init__(self, spec: ModelSpec):
+        super().__init__(spec, spec.blocks[0])
+        self.single = Modulation(spec, SINGLE_MODULATIONS)
+
+
+class Join(nn.Module):
+    """``img`` [B, N, C], ``txt`` [B, M, C] → [B, N + M, C]"""
+
+    def forward(self, img: Tensor, txt: Tensor) -> Tensor:
+        return torch.cat([img, txt], dim=1)
+
+
+class Split(nn.Module):
+    """The image tokens of joined ones. ``tokens`` [B, N + M, C], ``img_ids`` [N, axes] → [B, N, C]"""
+
+    def forward(self, tokens: Tensor, img_ids: Tensor) -> Tensor:
+        return tokens[:, : img_ids.shape[0]]
 
 
 class FinalLayer(nn.Module):
@@ -38,18 +69,18 @@ class FinalLayer(nn.Module):
 
     def __init__(self, spec: ModelSpec):
         super().__init__()
-        self.out_channels = spec.out_channels
-        self.proj = nn.Linear(spec.width, spec.out_dim)
+        self.out_channels, self.patches = spec.out_channels, spec.patch_size > 1
+        self.proj = nn.Linear(spec.width, spec.out_dim, bias=spec.bias)
 
     def forward(self, hidden_states: Tensor, modulation: Tensor) -> Tensor:
         scale, shift = modulation.chunk(2, -1)  # diffusers' AdaLayerNormContinuous stores scale first
-        patches = self.proj(modulate(hidden_states, shift, scale))
+        out: Tensor = self.proj(modulate(hidden_states, shift, scale))
         # The checkpoint's projection orders a patch (row, column, channel).
-        return patches.unflatten(-1, (-1, self.out_channels)).transpose(-1, -2).flatten(-2)
+        return out.unflatten(-1, (-1, self.out_channels)).transpose(-1, -2).flatten(-2) if self.patches else out
 
 
 class MMDiT(nn.Module):
-    """An MMDiT of SD3's kind, as its `ModelSpec` says."""
+    """An MMDiT, as its `ModelSpec` says."""
 
     def __init__(self, spec: ModelSpec):
         super().__init__()
@@ -58,9 +89,21 @@ class MMDiT(nn.Module):
         self.img_embed = ImageEmbed(spec)
         self.txt_embed = TextEmbed(spec)
         self.conditioning = Conditioning(spec)
-        self.modulations = nn.ModuleList(BlockModulation(spec, kind) for kind in spec.blocks)
-        self.final_modulation = Modulation(spec.cond_dim, spec.width, 2)
+        self.positions = RotaryPositions(spec) if spec.rope_axes else None
+        self.attention_mask = AttentionMask() if spec.txt_mask else None
+        self.residuals = Residuals() if spec.residuals else None
+        if spec.shared_modulation:
+            self.shared_modulation = SharedModulation(spec)
+        else:
+            self.modulations = nn.ModuleList(BlockModulation(spec, kind) for kind in spec.blocks)
+            self.single_modulations = nn.ModuleList(
+                Modulation(spec, SINGLE_MODULATIONS) for _ in range(spec.single_depth)
+            )
+        self.final_modulation = Modulation(spec, 2)
         self.blocks = nn.ModuleList(JointBlock(spec, kind) for kind in spec.blocks)
+        if spec.single_depth:
+            self.join, self.split = Join(), Split()
+        self.single_blocks = nn.ModuleList(SingleBlock(spec) for _ in range(spec.single_depth))
         self.final = FinalLayer(spec)
 
     def forward(
@@ -68,9 +111,13 @@ class MMDiT(nn.Module):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         timestep: Tensor,
-        pooled_projections: Tensor,
+        pooled_projections: Tensor | None = None,
         img_ids: Tensor | None = None,
         *,
+        txt_ids: Tensor | None = None,
+        guidance: Tensor | None = None,
+        encoder_hidden_states_mask: Tensor | None = None,
+        block_controlnet_hidden_states: Tensor | None = None,
         outputs: Sequence[str] = (),
     ) -> Tensor | tuple[Tensor, ...]:
         """Predict the velocity.
@@ -78,32 +125,62 @@ class MMDiT(nn.Module):
         Args:
             hidden_states: image tokens [B, N, C_in], a patch in channel, row, column order.
             encoder_hidden_states: text tokens [B, M, C_txt].
-            timestep: [B], on the scale 0 to 1000.
-            pooled_projections: [B, C_pooled].
-            img_ids: rows and columns of the image tokens, 0-based, [N, 2] fp32; by default the row-major grid
-                nearest to a square.
+            timestep: [B], on the scale 0 to 1000 / `ModelSpec.time_scale`.
+            pooled_projections: [B, C_pooled], where the model has a pooled vector.
+            img_ids, txt_ids: positions of the tokens, [N, axes] and [M, axes] fp32, as
+                `mmdit_deploy.families.position_ids` makes them; by default those of the row-major grid nearest to a
+                square.
+            guidance: guidance scale [B], where the model has it.
+            encoder_hidden_states_mask: which text tokens count, [B, M] bool, where the model has a mask; by default
+                all.
+            block_controlnet_hidden_states: a ControlNet's residuals [K, B, N, C], where the model takes them.
             outputs: names of block outputs to return as well, e.g. ``("blocks.3",)``: that block's image tokens
-                [B, N, C].
+                [B, N, C]; of a single block, its image and text tokens [B, N + M, C].
 
         Returns:
             The velocity [B, N, C_out], in the order of `hidden_states`; with `outputs`, a tuple that starts with it.
         """
-        wanted = {name: block_index(name, self.spec) for name in outputs}
-        if img_ids is None:
-            img_ids = nearest_square_ids(hidden_states.shape[1]).to(hidden_states.device)
+        for name in outputs:
+            check_block(name, self.spec)
+        if img_ids is None or (self.positions is not None and txt_ids is None):
+            img_ids, txt_ids = self._default_ids(hidden_states, encoder_hidden_states)
 
-        conditioning = self.conditioning(timestep, pooled_projections)
+        conditioning = self.conditioning(timestep, pooled_projections, guidance)
         img = self.img_embed(hidden_states, img_ids)
         txt = self.txt_embed(encoder_hidden_states)
+        everywhere = {}  # what every block reads
+        if self.positions is not None:
+            everywhere["cos"], everywhere["sin"] = self.positions(img_ids, txt_ids)
+        if self.attention_mask is not None and encoder_hidden_states_mask is not None:
+            everywhere["attention_mask"] = self.attention_mask(encoder_hidden_states_mask, img_ids)
+        residuals = () if self.residuals is None else self.residuals(block_controlnet_hidden_states)
 
-        features = []
-        for modulation, block in zip(self.modulations, self.blocks, strict=True):
-            img, *rest = block(img, txt, *modulation(conditioning))
+        features: dict[str, Tensor] = {}
+        for i, block in enumerate(self.blocks):
+            modulation = self.shared_modulation if self.spec.shared_modulation else self.modulations[i]
+            own = {"residual": residuals[self.spec.residual_of(i)]} if self.spec.blocks[i].residual else {}
+            img, *rest = block(img, txt, *modulation(conditioning), **everywhere, **own)
             (txt,) = rest or (txt,)
-            features.append(img)
+            features[f"blocks.{i}"] = img
+
+        if self.spec.single_depth:
+            tokens = self.join(img, txt)
+            for i, block in enumerate(self.single_blocks):
+                modulate_single = (
+                    self.shared_modulation.single if self.spec.shared_modulation else self.single_modulations[i]
+                )
+                tokens = block(tokens, modulate_single(conditioning), **everywhere)
+                features[f"single_blocks.{i}"] = tokens
+            img = self.split(tokens, img_ids)
 
         sample: Tensor = self.final(img, self.final_modulation(conditioning))
-        return (sample, *(features[i] for i in wanted.values())) if wanted else sample
+        return (sample, *(features[name] for name in outputs)) if outputs else sample
+
+    def _default_ids(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids of the row-major grid that is nearest to a square."""
+        ids = position_ids(self.spec, [nearest_square(hidden_states.shape[1])], encoder_hidden_states.shape[1])
+        img_ids, txt_ids = (torch.from_numpy(i).to(hidden_states.device) for i in ids)
+        return img_ids, txt_ids
 
     @staticmethod
     def build(
@@ -173,13 +250,13 @@ class MMDiT(nn.Module):
         return batch, self.default_img_tokens if img_tokens is None else img_tokens, self.spec.out_dim
 
 
-def nearest_square_ids(tokens: int) -> Tensor:
-    """Rows and columns of the row-major grid of that many tokens that is nearest to a square: [tokens, 2] fp32.
+def nearest_square(tokens: int) -> tuple[int, int]:
+    """Rows and columns of the grid of that many tokens that is nearest to a square.
 
     12 tokens are 3 rows of 4; a prime number is one row.
     """
     rows = next(r for r in range(math.isqrt(tokens), 0, -1) if tokens % r == 0)
-    return grid_ids(rows, tokens // rows)
+    return rows, tokens // rows
 
 
 def grid_ids(rows: int, cols: int) -> Tensor:
@@ -187,18 +264,16 @@ def grid_ids(rows: int, cols: int) -> Tensor:
     return torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).reshape(-1, 2).float()
 
 
-def block_index(name: str, spec: ModelSpec) -> int:
-    """The block that an output name such as ``blocks.12`` means.
+def check_block(name: str, spec: ModelSpec) -> None:
+    """Check that an output name such as ``blocks.12`` means a block.
 
     Raises:
         SpecError: the name is none of the model's blocks.
     """
-    prefix, _, index = name.partition(".")
-    # One name per block: `blocks.01` would be an output that no call makes.
-    if prefix != "blocks" or index not in map(str, range(spec.depth)):
+    if name not in spec.block_names:
+        single = f" and single_blocks.0 to single_blocks.{spec.single_depth - 1}" if spec.single_depth else ""
         raise SpecError(
-            f"an output is named blocks.0 to blocks.{spec.depth - 1}",
+            f"an output is named blocks.0 to blocks.{spec.depth - 1}{single}",
             received=repr(name),
             fix="name a block of this model",
         )
-    return int(index)

@@ -107,7 +107,7 @@ def make_plan(
         )
         profiles = len(contract.profiles)
         if cut:
-            auto = _fewest(largest_of, spec.depth, profiles, memory)
+            auto = _fewest(largest_of, len(spec.block_names), profiles, memory)
             count = auto if segments is None else segments
             counts = {target.name: count for target in cut}
             for target in cut:
@@ -191,6 +191,6 @@ def _verifications(
             stages.append(Stage("verify ort-cpu (whole engine)", work * WHOLE_SECONDS_PER_VALUE_AND_TOKEN, whole))
     if any(target.flavour is not None for target in targets):
         # In full, or beside an ONNX Runtime target once per kind of call.
-        some = seconds / spec.depth if stages else seconds
+        some = seconds / len(spec.block_names) if stages else seconds
         stages.append(Stage("verify model.onnx", some, streamed + scores, remedy=remedy))
     return stages

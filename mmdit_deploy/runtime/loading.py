@@ -11,7 +11,7 @@ from mmdit_deploy.errors import MachineError
 from mmdit_deploy.runtime.chain import unlike_record
 
 # torch's names of those members of trt.DataType that a record may have
-_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "BOOL": "bool"}
 
 
 def deserialize(trt: Any, runtime: Any, log: Any, record: SegmentRecord, file: Path, fix: str) -> Any:

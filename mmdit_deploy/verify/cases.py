@@ -12,8 +12,9 @@ from torch import Tensor
 from mmdit_deploy.checkpoint import random_tensor
 from mmdit_deploy.contract import AXES, Contract, Profile, Range
 from mmdit_deploy.errors import UsageError
-from mmdit_deploy.model import grid_ids
+from mmdit_deploy.families import position_ids
 from mmdit_deploy.runtime.tensorrt import choose_profile
+from mmdit_deploy.spec import ModelSpec
 from mmdit_deploy.verify.records import Case
 
 Shape = tuple[int, int, int, int]  # batch, rows, cols, text tokens
@@ -25,6 +26,7 @@ SMALL_SHAPE: Shape = (1, 16, 17, 32)  # for a profile that is given none of thes
 MIDDLE = 500.25
 # Both ends of the schedule, where few and where many wavelengths of the embedding matter, and a fractional middle.
 TIMESTEPS = (999.0, MIDDLE, 3.0)
+GUIDANCE = 3.5  # of the first image, as FLUX.1-dev is used
 INPUT_SEED = 20_240_305  # of the inputs alone; weights have their own
 
 
@@ -47,24 +49,31 @@ def default_cases(contract: Contract, *, thorough: bool = False) -> tuple[Case, 
     )
 
 
-def case_inputs(case: Case, contract: Contract) -> dict[str, Tensor]:
+def case_inputs(case: Case, contract: Contract, spec: ModelSpec) -> dict[str, Tensor]:
     """The contract's inputs for a case: standard-normal-like features, the same on any machine.
 
-    Rounded to the I/O type, so that engine and reference get equal inputs. Timesteps differ over the batch.
+    Rounded to the I/O type, so that engine and reference get equal inputs. Timesteps and guidance differ over the
+    batch, and a mask has holes.
     """
     sizes = {"batch": case.batch, "img_tokens": case.img_tokens, "txt_tokens": case.txt_tokens}
+    img_ids, txt_ids = position_ids(spec, [(case.rows, case.cols)], case.txt_tokens)
+    order = torch.arange(case.batch)
+    known = {
+        "img_ids": torch.from_numpy(img_ids),
+        "txt_ids": torch.from_numpy(txt_ids),
+        "timestep": (case.timestep - order).clamp(min=0.0) / spec.time_scale,
+        "guidance": GUIDANCE + order,
+    }
     inputs = {}
     for tensor in contract.inputs:
-        dtype = getattr(torch, tensor.dtype)
-        if tensor.name == "img_ids":
-            inputs[tensor.name] = grid_ids(case.rows, case.cols)
-        elif tensor.name == "timestep":
-            inputs[tensor.name] = (case.timestep - torch.arange(case.batch)).clamp(min=0.0).to(dtype)
+        shape, dtype = tensor.shape(sizes), getattr(torch, tensor.dtype)
+        if tensor.name in known:
+            inputs[tensor.name] = known[tensor.name].to(dtype)
         else:
-            shape = tensor.shape(sizes)
             # Keyed by shape, not by timestep: one latent is looked at over the whole schedule.
             key = f"{tensor.name} {list(shape)} {case.rows}x{case.cols}"
-            inputs[tensor.name] = random_tensor(INPUT_SEED, key, shape, std=1.0).to(dtype)
+            values = random_tensor(INPUT_SEED, key, shape, std=1.0)
+            inputs[tensor.name] = values > -1 if dtype == torch.bool else values.to(dtype)
     return inputs
 
 

@@ -39,20 +39,22 @@ class EagerCalls:
                 self._modules[function] = call.kind.build().eval()
         weights = {
             p.path.removeprefix(f"{call.path}."): read_parameter(self._source, p, torch.float32)
-            for p in self._parameters[call.path]
+            for p in self._parameters.get(call.path, ())
         }
-        return _EagerCall(self._modules[function], weights)
+        return _EagerCall(self._modules[function], [t.name for t in call.kind.inputs], weights)
 
 
 class _EagerCall:
-    def __init__(self, module: nn.Module, weights: Values):
-        self._module, self._weights = module, weights
+    def __init__(self, module: nn.Module, names: Sequence[str], weights: Values):
+        self._module, self._names, self._weights = module, names, weights
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """fp32 in, fp32 out."""
+        """fp32 in, fp32 out; a mask stays bool."""
         with torch.inference_mode():
-            wide = tuple(t.float() for t in inputs)
-            out = torch.func.functional_call(self._module, self._weights, wide)
+            wide = {
+                name: t.float() if t.is_floating_point() else t for name, t in zip(self._names, inputs, strict=True)
+            }
+            out = torch.func.functional_call(self._module, self._weights, kwargs=wide)
         return out if isinstance(out, tuple) else (out,)
 
 
@@ -98,6 +100,7 @@ _TORCH = {
     "tensor(float)": torch.float32,
     "tensor(float16)": torch.float16,
     "tensor(bfloat16)": torch.bfloat16,
+    "tensor(bool)": torch.bool,
 }
 
 

@@ -97,13 +97,14 @@ def verify_against_weights(
         engine.contract,
         EagerCalls(engine.spec, source),
         _engine_calls(engine, chain),
+        [case_inputs(case, engine.contract, engine.spec) for case in cases],
         cases,
         TOLERANCES[engine.precision.name],
         beside=[_engine_calls(other, chain) for other in beside],
         record=record,
         progress=progress,
     )
-    expected = _Expected(cases, [case_inputs(case, engine.contract) for case in cases], outputs)
+    expected = _Expected(cases, [case_inputs(case, engine.contract, engine.spec) for case in cases], outputs)
     reference = "the eager model in fp32"
     kinds = len({call.kind.function for call in chain})
     stepped = [(engine, checks, f"{len(chain)} calls one by one")]

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from mmdit_deploy.contract import Contract
 from mmdit_deploy.model import Call
-from mmdit_deploy.verify.cases import case_inputs
 from mmdit_deploy.verify.chains import EagerCalls, EngineCalls, Values
 from mmdit_deploy.verify.metrics import compare, within
 from mmdit_deploy.verify.records import Case, Check, Level
@@ -28,6 +27,7 @@ def stream_parity(
     contract: Contract,
     eager: EagerCalls,
     engine: EngineCalls,
+    inputs: Sequence[Values],
     cases: Sequence[Case],
     tolerance: Tolerance,
     *,
@@ -40,6 +40,7 @@ def stream_parity(
     Args:
         calls: the model's, in order.
         contract: of the engine: its compute type is what inputs are rounded to.
+        inputs: of the model, for each case.
         beside: other graphs of the model, of the same compute type. Of each, the first call of every kind is compared
             on equal inputs: calls of one kind share their function.
         record: keeps what the eager model computes, so that a later run needs no checkpoint.
@@ -50,7 +51,7 @@ def stream_parity(
         contract) for each case.
     """
     compute = getattr(torch, contract.outputs[0].dtype)
-    theirs: list[Values] = [case_inputs(case, contract) for case in cases]
+    theirs: list[Values] = [dict(values) for values in inputs]
     ours: list[Values] = [dict(values) for values in theirs]
     if record is not None:
         record.inputs(theirs)

@@ -11,10 +11,11 @@ import pytest
 
 from mmdit_deploy.build.gate import check_fusion
 from mmdit_deploy.build.layers import EngineLayer
+from mmdit_deploy.families import preset
 from mmdit_deploy.graph.census import implied, implied_by_call
 from mmdit_deploy.graph.extract import extract_call
 from mmdit_deploy.graph.pipeline import Graphs
-from mmdit_deploy.spec import ModelSpec, preset
+from mmdit_deploy.spec import ModelSpec
 
 Refusal = Callable[..., str]
 SavedGraph = Callable[..., tuple]

@@ -53,11 +53,7 @@ def refusal(path: Path | str) -> str:
 def test_single_file(folder: Path) -> None:
     save_file(tensors("a", "b"), folder / f"{NAME}.safetensors")
     with open_checkpoint(str(folder)) as checkpoint:
-        assert (checkpoint.path, checkpoint.config, checkpoint.class_name) == (
-            folder,
-            CONFIG,
-            CONFIG["_class_name"],
-        )
+        assert (checkpoint.path, checkpoint.config) == (folder, CONFIG)
         assert checkpoint.total_bytes == 24 and checkpoint.dtypes == {torch.float16: 2}
         assert set(checkpoint.tensors) == {"a", "b"}
         assert torch.equal(checkpoint.read("b"), tensors("b")["b"])
@@ -214,11 +210,23 @@ def test_pickles_are_refused_with_the_reason(folder: Path, tmp_path: Path, suffi
         assert "CVE-2025-32434" in message and "executes code" in message and "safe_serialization=True" in message
 
 
-def test_single_files_are_refused(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["model.safetensors", "model.sft", f"{NAME}.safetensors"])
+def test_one_file_has_no_config(folder: Path, name: str) -> None:
+    save_file(tensors("a"), folder / name)
+    with open_checkpoint(folder / name) as checkpoint:
+        assert (checkpoint.path, checkpoint.config, checkpoint.files) == (folder / name, None, (folder / name,))
+        assert torch.equal(checkpoint.read("a"), tensors("a")["a"])
+
+
+def test_other_files_are_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     assert "quantized" in refusal(tmp_path / "model.gguf")
-    save_file(tensors("a"), tmp_path / "sd3_medium.safetensors")
-    assert "original layout are not read yet" in refusal(tmp_path / "sd3_medium.safetensors")
-    save_file(tensors("a"), folder / f"{NAME}.safetensors")
-    assert f"pass its folder: {folder}" in refusal(folder / f"{NAME}.safetensors")
     assert f"pass its folder: {folder}" in refusal(folder / "config.json")
+    (tmp_path / "model.onnx").write_bytes(b"")
+    assert "or a .safetensors file" in refusal(tmp_path / "model.onnx")
+
+
+def test_a_folder_around_one_file(tmp_path: Path) -> None:
+    """As a hub repository of an original file alone."""
+    save_file(tensors("a"), tmp_path / "flux1-dev.safetensors")
+    assert f"pass the file itself: {tmp_path / 'flux1-dev.safetensors'}" in refusal(tmp_path)

@@ -92,6 +92,16 @@ def test_empty_and_scalar() -> None:
         ("transformer_blocks.3.attn.norm_q.weight", (16,), (1.0, 0.1)),
         ("transformer_blocks.3.attn2.norm_k.weight", (16,), (1.0, 0.1)),
         ("transformer_blocks.3.attn.norm_added_k.weight", (16,), (1.0, 0.1)),
+        # FLUX.1, FLUX.2, Qwen-Image
+        ("single_transformer_blocks.3.norm.linear.weight", (192, 100), (0.0, 0.03)),
+        ("single_transformer_blocks.3.norm.linear.bias", (192,), (0.0, 0.1)),
+        ("single_transformer_blocks.3.attn.norm_k.weight", (16,), (1.0, 0.1)),
+        ("single_transformer_blocks.3.proj_out.weight", (64, 100), (0.0, 0.1)),
+        ("double_stream_modulation_txt.linear.weight", (384, 100), (0.0, 0.03)),
+        ("single_stream_modulation.linear.weight", (192, 100), (0.0, 0.03)),
+        ("transformer_blocks.3.img_mod.1.weight", (384, 100), (0.0, 0.03)),
+        ("transformer_blocks.3.txt_mod.1.bias", (384,), (0.0, 0.1)),
+        ("txt_norm.weight", (16,), (1.0, 0.1)),
     ],
 )
 def test_weight_statistics(key: str, shape: tuple[int, ...], expected: tuple[float, float]) -> None:

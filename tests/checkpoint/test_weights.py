@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mmdit_deploy.checkpoint.weights import model_name
+from mmdit_deploy.checkpoint.stored_model import model_name
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,10 @@ from mmdit_deploy.checkpoint.weights import model_name
         ("/hub/models--stabilityai--sd3.5-medium/snapshots/b940f6/transformer", "sd3.5-medium"),
         ("/hub/models--stabilityai--stable-diffusion-3.5-medium/snapshots/b940f6", "stable-diffusion-3.5-medium"),
         ("/snapshots/mine", "mine"),
+        ("/models/flux1-dev.safetensors", "flux1-dev"),
+        ("/hub/models--x--flux/snapshots/b940f6/flux1-dev.sft", "flux1-dev"),
+        ("/hub/models--x--flux/snapshots/b940f6/transformer/diffusion_pytorch_model.safetensors", "flux"),
     ],
 )
-def test_a_model_is_called_what_its_folder_is(folder: str, name: str) -> None:
+def test_a_model_is_called_what_its_folder_or_file_is(folder: str, name: str) -> None:
     assert model_name(Path(folder)) == name

@@ -21,7 +21,7 @@ from mmdit_deploy.machine import machine_facts
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """`torch.compile` fails at the first call, as on a machine without a C++ compiler, and says nothing."""
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError
 
     monkeypatch.setattr(torch, "compile", lambda model: fail)

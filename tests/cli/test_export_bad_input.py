@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 KEY = "transformer_blocks.1.ff.net.0.proj.weight"
 
@@ -139,5 +140,10 @@ def test_pickle_files_are_not_loaded(refuse: Callable[..., str], folder: Any, tm
     assert not (tmp_path / "exploded").exists()
 
 
-def test_a_single_file_is_no_checkpoint(refuse: Callable[..., str], folder: Any) -> None:
-    refuse(2, [folder.weights], "folder")
+def test_a_file_of_the_folder_that_holds_no_weights(refuse: Callable[..., str], folder: Any) -> None:
+    refuse(2, [folder.path / "config.json"], f"pass its folder: {folder.path}")
+
+
+def test_a_file_of_another_kind_of_model(refuse: Callable[..., str], tmp_path: Path) -> None:
+    save_file({"input_blocks.0.0.weight": torch.zeros(4, 4)}, tmp_path / "sd15.safetensors")
+    refuse(2, [tmp_path / "sd15.safetensors"], "a UNet", "'input_blocks.0.0.weight'")

@@ -34,7 +34,7 @@ def test_the_bundle_of_a_checkpoint(exported: tuple[Path, Any], checkpoint: Path
     fields = bundle.manifest.fields
     assert (bundle.name, bundle.precision.name) == ("tiny-sd3", "fp16")
     assert fields["weights"] == {
-        "origin": f"checkpoint {checkpoint}", "random": False, "file": "weights.safetensors"
+        "origin": f"checkpoint {checkpoint}", "random": False, "loras": [], "file": "weights.safetensors"
     }  # fmt: skip
     assert fields["verified"] == ["ort-cpu"]
     assert fields["engines"]["ort-cpu"]["graph"] == "model.ort.onnx"
@@ -91,6 +91,7 @@ def test_random_weights_are_called_random(
         "origin": "random (seed 11)",
         "random": True,
         "seed": 11,
+        "loras": [],
         "file": "weights.safetensors",
     }
     for name in ("parity.json", "report.html"):

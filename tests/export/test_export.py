@@ -16,7 +16,8 @@ from mmdit_deploy.checkpoint.weights import RandomWeights
 from mmdit_deploy.contract import Range
 from mmdit_deploy.errors import BundleError, MachineError, ParityError, UsageError
 from mmdit_deploy.export import ExportRequest, export, pipeline, preflight, versions
-from mmdit_deploy.spec import PRECISIONS, ModelSpec, from_depth, preset
+from mmdit_deploy.families import preset
+from mmdit_deploy.spec import PRECISIONS, ModelSpec, from_depth
 from mmdit_deploy.verification import verify_bundle
 
 SMALL = {"batch": Range(1, 1, 1), "img_tokens": Range(4, 16, 16), "txt_tokens": Range(1, 8, 8)}

@@ -39,7 +39,9 @@ def execute(model: ir.Model) -> np.ndarray:
     session = onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
     generator = np.random.default_rng(0)
     inputs = {
-        i.name: generator.standard_normal([SIZES.get(d, d) for d in i.shape], dtype=np.float32)
+        i.name: generator.standard_normal([SIZES.get(d, d) for d in i.shape], dtype=np.float32).astype(
+            np.bool_ if i.type == "tensor(bool)" else np.float32
+        )
         for i in session.get_inputs()
     }
     (first, *_) = session.run(None, inputs)
@@ -50,9 +52,10 @@ def ops(model: ir.Model) -> Counter[str]:
     return Counter(node.op_type for node in model.graph)
 
 
-def attention(reshape: str, attributes: str = "", extra: str = "") -> str:
-    """Attention between transposes, with the shape of the last Reshape, and more inputs of the op."""
-    return f"""g (float[B,N,2,8] q, float[B,M,2,8] k, float[B,M,2,8] v{", float[N,M] mask" if extra else ""})
+def attention(reshape: str, attributes: str = "", mask: str = "") -> str:
+    """Attention between transposes, with the shape of the last Reshape, and the type of a mask."""
+    more, extra = (f", {mask} mask", ", mask") if mask else ("", "")
+    return f"""g (float[B,N,2,8] q, float[B,M,2,8] k, float[B,M,2,8] v{more})
         => (float[B,N,16] y) <int64[3] shape = {reshape}> {{
       qt = Transpose<perm=[0,2,1,3]>(q)
       kt = Transpose<perm=[0,2,1,3]>(k)
@@ -63,8 +66,9 @@ def attention(reshape: str, attributes: str = "", extra: str = "") -> str:
     }}"""
 
 
-def flat_attention(attributes: str, extra: str = "") -> str:
-    return f"""g (float[B,N,16] q, float[B,M,16] k, float[B,M,16] v{", float[N,M] mask" if extra else ""})
+def flat_attention(attributes: str, mask: str = "") -> str:
+    more, extra = (f", {mask} mask", ", mask") if mask else ("", "")
+    return f"""g (float[B,N,16] q, float[B,M,16] k, float[B,M,16] v{more})
         => (float[B,N,16] y) {{ y = Attention<{attributes}>(q, k, v{extra}) }}"""
 
 
@@ -102,10 +106,24 @@ CASES = {
         {"Attention": 1, "Reshape": 3, "Constant": 1},
         {
             "causal": attention("{0,0,16}", "<is_causal=1>"),
-            "masked": attention("{0,0,16}", extra=", mask"),
             "tokens and heads merged": attention("{0,-1,8}").replace("float[B,N,16] y", "float[B,P,8] y"),
             "batch and tokens merged": attention("{1,-1,16}").replace("float[B,N,16] y", "float[1,P,16] y"),
             "transposed otherwise": attention("{0,-1,16}").replace(" t = Transpose<perm=[0,2,1,3]>", " t = Identity"),
+        },
+    ),
+    "attention layout, masked": Case(
+        attention_layout,
+        attention("{0,0,16}", mask="float[B,1,N,M]"),
+        {"Attention": 1, "Reshape": 3, "Constant": 1},
+        {"causal": attention("{0,0,16}", "<is_causal=1>", mask="float[B,1,N,M]")},
+    ),
+    "multi-head attention, masked": Case(
+        multi_head_attention,
+        flat_attention("q_num_heads=2, kv_num_heads=2", mask="float[B,1,N,M]"),
+        {"MultiHeadAttention": 1},
+        {
+            "a mask of queries and keys": flat_attention("q_num_heads=2, kv_num_heads=2", mask="float[N,M]"),
+            "a bool mask": flat_attention("q_num_heads=2, kv_num_heads=2", mask="bool[B,1,N,M]"),
         },
     ),
     "multi-head attention": Case(
@@ -115,7 +133,6 @@ CASES = {
         {
             "causal": flat_attention("q_num_heads=2, kv_num_heads=2, is_causal=1"),
             "soft-capped": flat_attention("q_num_heads=2, kv_num_heads=2, softcap=2.0"),
-            "masked": flat_attention("q_num_heads=2, kv_num_heads=2", extra=", mask"),
             "grouped heads": flat_attention("q_num_heads=4, kv_num_heads=2").replace("float[B,M,16]", "float[B,M,8]"),
             "four axes": attention("{0,0,16}"),
         },

@@ -20,6 +20,7 @@ from mmdit_deploy.checkpoint.keys import parameters
 from mmdit_deploy.checkpoint.weights import RandomWeights, weights_layout
 from mmdit_deploy.contract import AXES, Contract, Range
 from mmdit_deploy.errors import GraphError
+from mmdit_deploy.families import preset
 from mmdit_deploy.graph.census import census, check_census, implied, implied_lowered
 from mmdit_deploy.graph.function_types import type_function_inputs
 from mmdit_deploy.graph.fuse import FUSE
@@ -28,7 +29,7 @@ from mmdit_deploy.graph.passes import run
 from mmdit_deploy.graph.pipeline import Graphs, build_graphs
 from mmdit_deploy.model import MMDiT, grid_ids
 from mmdit_deploy.runtime import open_session, run_session
-from mmdit_deploy.spec import PRECISIONS, ModelSpec, from_depth, preset
+from mmdit_deploy.spec import PRECISIONS, ModelSpec, from_depth
 from mmdit_deploy.verify.metrics import compare
 
 GraphsOf = Callable[..., Graphs]

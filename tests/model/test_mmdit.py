@@ -14,9 +14,10 @@ from mmdit_deploy.checkpoint import random_tensor
 from mmdit_deploy.checkpoint.keys import parameters
 from mmdit_deploy.checkpoint.weights import RandomWeights
 from mmdit_deploy.errors import SpecError
-from mmdit_deploy.model import MMDiT, calls, grid_ids, nearest_square_ids
+from mmdit_deploy.families import PRESETS
+from mmdit_deploy.model import MMDiT, calls, grid_ids, nearest_square
 from mmdit_deploy.model.embeddings import SincosPositions, TablePositions
-from mmdit_deploy.spec import PRESETS, ModelSpec, from_depth
+from mmdit_deploy.spec import ModelSpec, from_depth
 
 Eager = Callable[..., MMDiT]
 CHANGES: dict[str, dict[str, object]] = {
@@ -209,10 +210,7 @@ def test_build_says_what_is_wrong(changes: dict[str, object], rule: str) -> None
     [(1, 1, 1), (12, 3, 4), (16, 4, 4), (7, 1, 7), (4096, 64, 64), (4095, 63, 65), (4097, 17, 241)],
 )
 def test_default_positions_are_the_nearest_square(tokens: int, rows: int, cols: int) -> None:
-    ids = nearest_square_ids(tokens)
-    assert ids.shape == (tokens, 2) and ids.dtype == torch.float32
-    assert torch.equal(ids, grid_ids(rows, cols))
-    assert ids[-1].tolist() == [rows - 1, cols - 1] and ids[min(cols, tokens) - 1].tolist() == [0, cols - 1]
+    assert nearest_square(tokens) == (rows, cols)
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (4, 4), (9, 3), (2, 9), (9, 9), (8, 5)])

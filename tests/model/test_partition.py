@@ -10,9 +10,10 @@ import pytest
 
 from mmdit_deploy.checkpoint.keys import parameters
 from mmdit_deploy.errors import UsageError
+from mmdit_deploy.families import PRESETS, preset
 from mmdit_deploy.model import calls
 from mmdit_deploy.model.partition import call_bytes, call_of, partition
-from mmdit_deploy.spec import PRECISIONS, PRESETS, ModelSpec, preset
+from mmdit_deploy.spec import PRECISIONS, ModelSpec
 
 
 def spec_of(tiny: ModelSpec, depth: int) -> ModelSpec:

@@ -10,7 +10,8 @@ import pytest
 
 from mmdit_deploy.checkpoint.keys import parameters
 from mmdit_deploy.errors import MMDiTError, SpecError, UsageError
-from mmdit_deploy.spec import PRECISIONS, PRESETS, BlockSpec, ModelSpec, from_depth, precision, preset
+from mmdit_deploy.families import PRESETS, preset
+from mmdit_deploy.spec import PRECISIONS, BlockSpec, ModelSpec, from_depth, precision
 
 
 def count(spec: ModelSpec) -> int:

@@ -158,10 +158,10 @@ def test_a_profile_without_any_image_is_refused() -> None:
 def test_inputs_are_the_contracts_and_the_same_every_time(name: str) -> None:
     contract = Contract.of(SPEC, PRECISIONS[name])
     case = Case(2, 16, 17, 32, 3.0)
-    inputs = case_inputs(case, contract)
+    inputs = case_inputs(case, contract, SPEC)
     received = {n: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in inputs.items()}
     assert contract.check(received) == {"batch": 2, "img_tokens": 272, "txt_tokens": 32}
-    again = case_inputs(case, contract)
+    again = case_inputs(case, contract, SPEC)
     assert all(torch.equal(inputs[n], again[n]) for n in inputs)
     assert inputs["hidden_states"].float().std() == pytest.approx(1.0, abs=0.05)
     assert inputs["timestep"].tolist() == [3.0, 2.0]  # a batch does not share one timestep
@@ -171,8 +171,8 @@ def test_inputs_are_the_contracts_and_the_same_every_time(name: str) -> None:
 def test_samples_of_a_batch_differ_and_timesteps_share_a_latent() -> None:
     contract = Contract.of(SPEC, FP16)
     case = Case(2, 16, 16, 8, 999.0)
-    early = case_inputs(case, contract)
-    late = case_inputs(dataclasses.replace(case, timestep=0.0), contract)
+    early = case_inputs(case, contract, SPEC)
+    late = case_inputs(dataclasses.replace(case, timestep=0.0), contract, SPEC)
     assert torch.equal(early["hidden_states"], late["hidden_states"])
     assert not torch.equal(early["hidden_states"][0], early["hidden_states"][1])
     assert late["timestep"].tolist() == [0.0, 0.0]  # never below the schedule

@@ -13,7 +13,7 @@ import torch
 from mmdit_deploy.contract import Contract
 from mmdit_deploy.errors import BundleError
 from mmdit_deploy.model import calls
-from mmdit_deploy.spec import PRECISIONS, from_depth
+from mmdit_deploy.spec import PRECISIONS, ModelSpec, from_depth
 from mmdit_deploy.verification import verify_bundle
 from mmdit_deploy.verify import Case, Reference, ReferenceRecorder, default_cases, reference
 from mmdit_deploy.verify.cases import case_inputs
@@ -54,7 +54,7 @@ def test_what_is_in_it(healthy: Callable[[str], Path]) -> None:
     contract = Contract.from_json(manifest["contract"])
     assert kept.cases == default_cases(contract)
     for i, case in enumerate(kept.cases):
-        expected = case_inputs(case, contract)
+        expected = case_inputs(case, contract, ModelSpec.from_json(manifest["spec"]))
         inputs = kept.inputs(i)
         assert all(torch.equal(inputs[name], expected[name]) for name in expected)
         assert inputs["hidden_states"].dtype == torch.float16
@@ -72,7 +72,7 @@ def _recorder(depth: int, precision: str, cases: tuple[Case, ...] = (), **option
     contract = Contract.of(spec, PRECISIONS[precision])
     cases = cases or default_cases(contract, **options)
     recorder = ReferenceRecorder(cases)
-    recorder.inputs([case_inputs(case, contract) for case in cases])
+    recorder.inputs([case_inputs(case, contract, spec) for case in cases])
     digest = torch.zeros(DIGEST_SIZE)
     for i, case in enumerate(cases):
         for call in calls(spec):

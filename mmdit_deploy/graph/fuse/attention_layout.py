@@ -4,7 +4,7 @@
     Transpose(k) ├ Attention ─ Transpose ─ Reshape   ⇒   Reshape(k) ├ Attention(heads)
     Transpose(v) ┘                                Reshape(v) ┘
 
-The reshapes only merge the last two axes, so no data moves.
+The reshapes only merge the last two axes, so no data moves. A mask stays as it is.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Attention3D(RewriteRuleClassBase):
             return result.fail("causal, or with the scores as an output", attended)
         return result
 
-    def rewrite(self, op: Any, q: Any, k: Any, v: Any, attended: Any, **_: Any) -> Any:
+    def rewrite(self, op: Any, q: Any, k: Any, v: Any, attended: Any, mask: Any = None, **_: Any) -> Any:
         # The width is written out: where N is symbolic, ONNX's shape inference makes nothing of a -1, and of an
         # Attention whose width is unknown it makes a wrong shape, with which ONNX Runtime refuses the graph.
         widths = [t.shape[2] * t.shape[3] for t in (q, k, v)]
@@ -45,7 +45,15 @@ class _Attention3D(RewriteRuleClassBase):
         )
         attributes = attended.producer().attributes
         kept = {n: a for n, a in attributes.items() if n in ("scale", "softcap", "softmax_precision")}
-        return op.Attention(q_BNC, k_BNC, v_BNC, q_num_heads=q.shape[2], kv_num_heads=k.shape[2], **kept)
+        masks = () if mask is None else (mask,)
+        return op.Attention(q_BNC, k_BNC, v_BNC, *masks, q_num_heads=q.shape[2], kv_num_heads=k.shape[2], **kept)
+
+
+class _MaskedAttention3D(_Attention3D):
+    def pattern(self, op: Any, q: Any, k: Any, v: Any, mask: Any, shape: Any) -> Any:  # type: ignore[override]
+        q_BHND, k_BHND, v_BHND = (op.Transpose(t, perm=[0, 2, 1, 3]) for t in (q, k, v))
+        attended = op.Attention(q_BHND, k_BHND, v_BHND, mask, _allow_other_attributes=True, _outputs=["attended"])
+        return op.Reshape(op.Transpose(attended, perm=[0, 2, 1, 3]), shape, _outputs=["merged"])
 
 
 def _merges_heads(merged: Any, q: Any, v: Any) -> bool:
@@ -59,4 +67,4 @@ def _static(dims: Any) -> bool:
     return all(isinstance(d, int) for d in dims)
 
 
-attention_layout: Pass = rule_pass("attention layout", _Attention3D.rule())
+attention_layout: Pass = rule_pass("attention layout", _Attention3D.rule(), _MaskedAttention3D.rule())

@@ -24,19 +24,25 @@ from mmdit_deploy.graph.passes import Pass
 
 @dataclass(frozen=True)
 class _Projection:
-    """A call of a function that is ``Unsqueeze(Gemm(x, w, b, transB=1), 1)``."""
+    """A call of a function that is ``Unsqueeze(Gemm(x, w, b, transB=1), 1)``, with or without b.
+
+    Args:
+        tensors: the weight, and the bias if there is one.
+    """
 
     node: ir.Node
     x: ir.Value
-    weight: ir.ExternalTensor
-    bias: ir.ExternalTensor
+    tensors: tuple[ir.ExternalTensor, ...]
+
+    @property
+    def weight(self) -> ir.ExternalTensor:
+        return self.tensors[0]
 
     def follows(self, other: _Projection) -> bool:
-        """Whether both tensors begin where the other's end."""
-        pairs = ((self.weight, other.weight), (self.bias, other.bias))
-        return all(
+        """Whether its tensors begin where the other's end."""
+        return len(self.tensors) == len(other.tensors) and all(
             mine.location == theirs.location and _begin(mine) == _begin(theirs) + theirs.nbytes
-            for mine, theirs in pairs
+            for mine, theirs in zip(self.tensors, other.tensors, strict=True)
         )
 
 
@@ -58,7 +64,7 @@ def _batch(model: ir.Model) -> int:
 
 def _projection(model: ir.Model, node: ir.Node) -> _Projection | None:
     function = model.functions.get(node.op_identifier())
-    if function is None or len(function.inputs) != 3 or len(node.inputs) != 3:
+    if function is None or len(function.inputs) not in (2, 3) or len(node.inputs) != len(function.inputs):
         return None
     out = function.outputs[0].producer()
     gemm = out.inputs[0].producer() if out is not None and out.op_type == "Unsqueeze" and out.inputs[0] else None
@@ -67,14 +73,18 @@ def _projection(model: ir.Model, node: ir.Node) -> _Projection | None:
     axes = ir.convenience.get_const_tensor(out.inputs[1]) if out.inputs[1] is not None else None
     if axes is None or axes.numpy().tolist() != [1] or len(function.outputs) != 1:
         return None
+    if "transB" not in gemm.attributes:
+        return None
     expected = {"transB": 1.0, "transA": 0.0, "alpha": 1.0, "beta": 1.0}
     if any(float(a.value) != expected.get(name) for name, a in gemm.attributes.items()):
         return None
-    x, weight, bias = node.inputs
-    tensors = [value.const_value for value in (weight, bias) if value is not None]
-    if x is None or len(tensors) != 2 or not all(isinstance(t, ir.ExternalTensor) for t in tensors):
+    x, *weights = node.inputs
+    tensors = tuple(
+        value.const_value for value in weights if value is not None and isinstance(value.const_value, ir.ExternalTensor)
+    )
+    if x is None or len(tensors) != len(weights):
         return None
-    return _Projection(node, x, *tensors)  # type: ignore[arg-type]
+    return _Projection(node, x, tensors)
 
 
 def _begin(tensor: ir.ExternalTensor) -> int:
@@ -94,9 +104,11 @@ def _adjacent(ordered: Sequence[_Projection]) -> Iterator[list[_Projection]]:
 def _replace(graph: ir.Graph, run: Sequence[_Projection]) -> None:
     first = run[0]
     name = f"{first.node.name}..{run[-1].node.name}"
-    weight = _joined(f"{name}.weight", [p.weight for p in run])
-    bias = _joined(f"{name}.bias", [p.bias for p in run])
-    for value in (weight, bias):
+    joined = [
+        _joined(f"{name}.{what}", tensors)
+        for what, *tensors in zip(("weight", "bias"), *(p.tensors for p in run), strict=False)
+    ]
+    for value in joined:
         graph.initializers[value.name or ""] = value
     sizes = [p.weight.shape.numpy()[0] for p in run]
     width = math.gcd(*sizes)
@@ -112,7 +124,7 @@ def _replace(graph: ir.Graph, run: Sequence[_Projection]) -> None:
         nodes.append(node)
         return node.outputs
 
-    (product,) = add("Gemm", [first.x, weight, bias], "", transB=1)
+    (product,) = add("Gemm", [first.x, *joined], "", transB=1)
     (to_rows,) = add("Constant", [], ".shape", value_ints=[0, -1, width])
     (rows,) = add("Reshape", [product, to_rows], ".rows")
     (counts,) = add("Constant", [], ".counts", value_ints=[size // width for size in sizes])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
 
 from mmdit_deploy.errors import CheckpointError
-from mmdit_deploy.spec import PRESETS, ModelSpec, spec_from_config
+from mmdit_deploy.families import FAMILIES, PRESETS, Family, spec_from_config
+from mmdit_deploy.spec import ModelSpec
 
 CLASS = {"_class_name": "SD3Transformer2DModel", "_diffusers_version": "0.30.0"}
 MEDIUM = {
@@ -18,6 +20,9 @@ MEDIUM = {
     "pos_embed_max_size": 192,
 }
 LARGE = {**MEDIUM, "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
+FLUX1 = {"_class_name": "FluxTransformer2DModel"}
+FLUX2 = {"_class_name": "Flux2Transformer2DModel"}
+QWEN = {"_class_name": "QwenImageTransformer2DModel"}
 PUBLISHED = {
     "sd3-medium": MEDIUM,
     "sd3.5-large": {**LARGE, "qk_norm": "rms_norm"},
@@ -27,6 +32,18 @@ PUBLISHED = {
         "dual_attention_layers": list(range(13)),
         "pos_embed_max_size": 384,
     },
+    "flux1-dev": {**FLUX1, "guidance_embeds": True, "patch_size": 1, "axes_dims_rope": [16, 56, 56]},
+    "flux1-schnell": {**FLUX1, "guidance_embeds": False, "num_single_layers": 38},
+    "flux2-dev": {**FLUX2, "num_attention_heads": 48, "rope_theta": 2000, "mlp_ratio": 3.0, "eps": 1e-06},
+    "flux2-klein-4b": {
+        **FLUX2,
+        "num_layers": 5,
+        "num_single_layers": 20,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 7680,
+        "guidance_embeds": False,
+    },
+    "qwen-image": {**QWEN, "num_layers": 60, "joint_attention_dim": 3584, "out_channels": 16},
 }
 
 
@@ -40,15 +57,12 @@ def test_a_field_that_is_not_given_has_diffusers_default() -> None:
     assert spec == ModelSpec("m", depth=18, num_heads=18, qk_norm=False, pos_max_size=96, pos_base_size=64)
 
 
-def test_the_defaults_are_those_of_the_installed_diffusers() -> None:
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_the_defaults_are_those_of_the_installed_diffusers(family: Family) -> None:
     diffusers = pytest.importorskip("diffusers")
-    import inspect
-
-    from mmdit_deploy.spec.diffusers_config import SD3_DEFAULTS
-
-    signature = inspect.signature(diffusers.SD3Transformer2DModel.__init__)
+    signature = inspect.signature(getattr(diffusers, family.config_class).__init__)
     theirs = {n: p.default for n, p in signature.parameters.items() if n != "self"}
-    assert theirs == dict(SD3_DEFAULTS)
+    assert theirs == dict(family.config_defaults)
 
 
 def test_out_channels_follow_in_channels_where_null() -> None:
@@ -58,7 +72,7 @@ def test_out_channels_follow_in_channels_where_null() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"_class_name": "FluxTransformer2DModel"}, ["_class_name", "Flux", "SD3Transformer2DModel"]),
+        ({"_class_name": "UNet2DConditionModel"}, ["_class_name", "UNet", "SD3Transformer2DModel", "FLUX.2"]),
         ({"_class_name": None}, ["_class_name", "None"]),
         ({"guidance_embeds": True}, ["unknown guidance_embeds"]),
         ({"num_layers": "24"}, ["num_layers", "'24'"]),
@@ -85,3 +99,24 @@ def test_refusals(changes: dict[str, Any], words: list[str]) -> None:
     assert caught.value.received and caught.value.fix and caught.value.exit_status == 2
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({**FLUX1, "axes_dims_rope": [16, 56, 57]}, ["rope_axes", "57"]),
+        ({**FLUX1, "axes_dims_rope": [16, 56]}, ["rope_axes", "128"]),
+        ({**FLUX1, "guidance_embeds": 1}, ["guidance_embeds", "true or false"]),
+        ({**FLUX1, "num_single_layers": 0}, ["num_single_layers", "0"]),
+        ({**FLUX2, "eps": 1e-5}, ["eps", "1e-06", "1e-05"]),
+        ({**FLUX2, "mlp_ratio": "3"}, ["mlp_ratio", "'3'"]),
+        ({**FLUX2, "timestep_guidance_channels": 128}, ["timestep_guidance_channels", "256"]),
+        ({**QWEN, "zero_cond_t": True}, ["zero_cond_t", "True", "not supported"]),
+        ({**QWEN, "use_layer3d_rope": True}, ["use_layer3d_rope", "not supported"]),
+        ({**QWEN, "use_additional_t_cond": True}, ["use_additional_t_cond", "not supported"]),
+    ],
+)
+def test_refusals_of_other_families(config: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        spec_from_config(config, "m")
+    assert all(word in str(caught.value) for word in words), caught.value

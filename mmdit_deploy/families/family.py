@@ -1,0 +1,93 @@
+"""What a family of models is, as data: its presets, its config, its keys, and how its tokens are numbered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from mmdit_deploy.spec import ModelSpec
+
+Shapes = Mapping[str, tuple[int, ...]]  # of a checkpoint's tensors, by diffusers key
+Grid = tuple[int, int]  # rows and columns of an image, in tokens
+Ids = tuple[np.ndarray, np.ndarray]  # of image and text tokens: [img_tokens, axes], [txt_tokens, axes], fp32
+
+
+@dataclass(frozen=True)
+class Keys:
+    """One module of ours, and what checkpoints call it. ``*`` is the block's index.
+
+    Args:
+        path: in `mmdit_deploy.model.MMDiT`, e.g. ``blocks.*.img.qkv.proj``.
+        diffusers: the modules of diffusers' class that it joins along the first axis, in order. All but the last have
+            as many rows as the model is wide.
+        original: the module of the authors' own layout, which is joined already; None where that layout is diffusers'.
+        scale: the original calls the weight ``scale`` (Black Forest Labs' norms).
+        swapped: where the original stores shift before scale, and diffusers and we scale before shift.
+    """
+
+    path: str
+    diffusers: tuple[str, ...]
+    original: str | None = None
+    scale: bool = False
+    swapped: Literal["never", "always", "last block"] = "never"
+
+    def rows(self, total: int, width: int) -> tuple[int, ...]:
+        """Rows of each diffusers module, of ``total`` in all, in a model of that width."""
+        first = (width,) * (len(self.diffusers) - 1)
+        return *first, total - sum(first)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of checkpoints that share keys and config.
+
+    Args:
+        name: in `ModelSpec.family`.
+        title: for people.
+        presets: architectures by name.
+        config_class: ``_class_name`` of its diffusers config.
+        config_defaults: every field of the class's constructor, with its default.
+        config_choices: the values that a field may have, where we know only some.
+        spec_fields: what a config with all fields says about the spec.
+        infer_config: what the tensors say about the config: fields that they do not decide are as published.
+        keys: every module that the family's models may have.
+        buffers: keys that its checkpoints hold besides parameters; diffusers' key to the original's.
+        patch_convolution: the image projection is stored as a convolution over the patch.
+        position_ids: ids of the tokens of images (the one that is made, then references) and text.
+        references: the model takes reference images, appended to the image tokens.
+        controlnet: the model takes a ControlNet's residuals.
+    """
+
+    name: str
+    title: str
+    presets: tuple[ModelSpec, ...]
+    config_class: str
+    config_defaults: Mapping[str, Any]
+    spec_fields: Callable[[Mapping[str, Any]], dict[str, Any]]
+    infer_config: Callable[[Shapes], dict[str, Any]]
+    keys: tuple[Keys, ...]
+    position_ids: Callable[[Sequence[Grid], int], Ids]
+    buffers: Mapping[str, str] = field(default_factory=dict)
+    patch_convolution: bool = False
+    config_choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    references: bool = False
+    controlnet: bool = False
+
+
+def grid(rows: int, cols: int) -> np.ndarray:
+    """Rows and columns of a row-major grid: [rows·cols, 2] fp32, 0-based."""
+    return np.stack(np.meshgrid(np.arange(rows), np.arange(cols), indexing="ij"), -1).reshape(-1, 2).astype(np.float32)
+
+
+def blocks_of(shapes: Shapes, stack: str) -> int:
+    """How many blocks ``<stack>.<index>.…`` there are."""
+    indices = {int(key.split(".")[1]) for key in shapes if key.startswith(f"{stack}.") and key.split(".")[1].isdigit()}
+    return max(indices, default=-1) + 1
+
+
+def joined(stream: str, projections: Sequence[str]) -> tuple[str, ...]:
+    """Names of projections that are joined: ``joined("a.attn", ("to_q", "to_k"))``."""
+    return tuple(f"{stream}.{name}" for name in projections)

@@ -1,0 +1,150 @@
+"""FLUX.1 dev, schnell and Kontext (Black Forest Labs; Kontext: arXiv:2506.15742)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mmdit_deploy.families.family import Family, Grid, Ids, Keys, Shapes, blocks_of, grid, joined
+from mmdit_deploy.spec import ModelSpec
+
+_BLOCK, _SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
+_QKV, _ADDED = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
+
+
+def embedder(path: str, diffusers: str, original: str) -> tuple[Keys, Keys]:
+    """The two layers of an embedder of the timestep, the guidance or the pooled text."""
+    return (
+        Keys(f"{path}.up", (f"{diffusers}.linear_1",), f"{original}.in_layer"),
+        Keys(f"{path}.down", (f"{diffusers}.linear_2",), f"{original}.out_layer"),
+    )
+
+
+KEYS = (
+    Keys("img_embed.proj", ("x_embedder",), "img_in"),
+    Keys("txt_embed.proj", ("context_embedder",), "txt_in"),
+    *embedder("conditioning.time", "time_text_embed.timestep_embedder", "time_in"),
+    *embedder("conditioning.guidance", "time_text_embed.guidance_embedder", "guidance_in"),
+    *embedder("conditioning.pooled", "time_text_embed.text_embedder", "vector_in"),
+    Keys("modulations.*.img.proj", (f"{_BLOCK}.norm1.linear",), "double_blocks.*.img_mod.lin"),
+    Keys("modulations.*.txt.proj", (f"{_BLOCK}.norm1_context.linear",), "double_blocks.*.txt_mod.lin"),
+    Keys("single_modulations.*.proj", (f"{_SINGLE}.norm.linear",), "single_blocks.*.modulation.lin"),
+    Keys("final_modulation.proj", ("norm_out.linear",), "final_layer.adaLN_modulation.1", swapped="always"),
+    Keys("blocks.*.img.qkv.proj", joined(f"{_BLOCK}.attn", _QKV), "double_blocks.*.img_attn.qkv"),
+    Keys("blocks.*.img.qkv.norm_q", (f"{_BLOCK}.attn.norm_q",), "double_blocks.*.img_attn.norm.query_norm", scale=True),
+    Keys("blocks.*.img.qkv.norm_k", (f"{_BLOCK}.attn.norm_k",), "double_blocks.*.img_attn.norm.key_norm", scale=True),
+    Keys("blocks.*.img.attn_out", (f"{_BLOCK}.attn.to_out.0",), "double_blocks.*.img_attn.proj"),
+    Keys("blocks.*.img.mlp.up", (f"{_BLOCK}.ff.net.0.proj",), "double_blocks.*.img_mlp.0"),
+    Keys("blocks.*.img.mlp.down", (f"{_BLOCK}.ff.net.2",), "double_blocks.*.img_mlp.2"),
+    Keys("blocks.*.txt.qkv.proj", joined(f"{_BLOCK}.attn", _ADDED), "double_blocks.*.txt_attn.qkv"),
+    Keys(
+        "blocks.*.txt.qkv.norm_q",
+        (f"{_BLOCK}.attn.norm_added_q",),
+        "double_blocks.*.txt_attn.norm.query_norm",
+        scale=True,
+    ),
+    Keys(
+        "blocks.*.txt.qkv.norm_k",
+        (f"{_BLOCK}.attn.norm_added_k",),
+        "double_blocks.*.txt_attn.norm.key_norm",
+        scale=True,
+    ),
+    Keys("blocks.*.txt.attn_out", (f"{_BLOCK}.attn.to_add_out",), "double_blocks.*.txt_attn.proj"),
+    Keys("blocks.*.txt.mlp.up", (f"{_BLOCK}.ff_context.net.0.proj",), "double_blocks.*.txt_mlp.0"),
+    Keys("blocks.*.txt.mlp.down", (f"{_BLOCK}.ff_context.net.2",), "double_blocks.*.txt_mlp.2"),
+    Keys("single_blocks.*.proj", (*joined(f"{_SINGLE}.attn", _QKV), f"{_SINGLE}.proj_mlp"), "single_blocks.*.linear1"),
+    Keys("single_blocks.*.norm_q", (f"{_SINGLE}.attn.norm_q",), "single_blocks.*.norm.query_norm", scale=True),
+    Keys("single_blocks.*.norm_k", (f"{_SINGLE}.attn.norm_k",), "single_blocks.*.norm.key_norm", scale=True),
+    Keys("single_blocks.*.out", (f"{_SINGLE}.proj_out",), "single_blocks.*.linear2"),
+    Keys("final.proj", ("proj_out",), "final_layer.linear"),
+)
+
+
+def spec_fields(c: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config says about the spec."""
+    return dict(
+        depth=c["num_layers"],
+        single_depth=c["num_single_layers"],
+        num_heads=c["num_attention_heads"],
+        head_dim=c["attention_head_dim"],
+        latent_channels=c["in_channels"],
+        out_channels=c["patch_size"] ** 2 * (c["out_channels"] or c["in_channels"]),
+        patch_size=1,  # latents are packed before the model
+        txt_dim=c["joint_attention_dim"],
+        pooled_dim=c["pooled_projection_dim"],
+        guidance=c["guidance_embeds"],
+        time_scale=1000.0,
+        text_ends=False,
+        fp16_clip=True,
+        rope_axes=tuple(c["axes_dims_rope"]),
+        pos_max_size=0,
+    )
+
+
+def infer_config(shapes: Shapes) -> dict[str, Any]:
+    """The config of tensors; RoPE's axes in the proportions of the published models."""
+    width, in_channels = shapes["x_embedder.weight"]
+    (head_dim,) = shapes["transformer_blocks.0.attn.norm_q.weight"]
+    out_channels = shapes["proj_out.weight"][0]
+    return dict(
+        in_channels=in_channels,
+        out_channels=None if out_channels == in_channels else out_channels,
+        num_layers=blocks_of(shapes, "transformer_blocks"),
+        num_single_layers=blocks_of(shapes, "single_transformer_blocks"),
+        attention_head_dim=head_dim,
+        num_attention_heads=width // head_dim,
+        joint_attention_dim=shapes["context_embedder.weight"][1],
+        pooled_projection_dim=shapes["time_text_embed.text_embedder.linear_1.weight"][1],
+        guidance_embeds="time_text_embed.guidance_embedder.linear_1.weight" in shapes,
+        axes_dims_rope=rope_axes(head_dim),
+    )
+
+
+def rope_axes(head_dim: int) -> tuple[int, int, int]:
+    """An eighth of a head for the image's index, the rest in halves for rows and columns: 16, 56, 56 of 128.
+
+    Channels turn in pairs, so that of small heads the first axis takes more: a multiple of 4.
+    """
+    first = max(4, head_dim // 32 * 4)
+    return first, (head_dim - first) // 2, (head_dim - first) // 2
+
+
+def position_ids(images: Sequence[Grid], txt_tokens: int) -> Ids:
+    """(0, row, column), references (1, row, column); text is at the origin (diffusers FluxKontextPipeline)."""
+    parts = [np.concatenate([np.full((r * c, 1), i > 0), grid(r, c)], 1) for i, (r, c) in enumerate(images)]
+    return np.concatenate(parts).astype(np.float32), np.zeros((txt_tokens, 3), np.float32)
+
+
+_DEFAULTS = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "out_channels": None,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": False,
+    "axes_dims_rope": (16, 56, 56),
+}
+
+FLUX1 = Family(
+    name="flux1",
+    title="FLUX.1",
+    # black-forest-labs/FLUX.1-dev, FLUX.1-schnell and FLUX.1-Kontext-dev, transformer/config.json
+    presets=(
+        ModelSpec("flux1-dev", family="flux1", **spec_fields({**_DEFAULTS, "guidance_embeds": True})),
+        ModelSpec("flux1-schnell", family="flux1", **spec_fields(_DEFAULTS)),
+        ModelSpec("flux1-kontext-dev", family="flux1", **spec_fields({**_DEFAULTS, "guidance_embeds": True})),
+    ),
+    config_class="FluxTransformer2DModel",
+    config_defaults=_DEFAULTS,
+    spec_fields=spec_fields,
+    infer_config=infer_config,
+    keys=KEYS,
+    position_ids=position_ids,
+    references=True,
+)

@@ -1,0 +1,148 @@
+"""FLUX.2 dev and klein (Black Forest Labs)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mmdit_deploy.families.family import Family, Grid, Ids, Keys, Shapes, blocks_of, grid, joined
+from mmdit_deploy.families.flux1 import embedder
+from mmdit_deploy.spec import ModelSpec
+
+_BLOCK, _SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
+_QKV, _ADDED = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
+
+KEYS = (
+    Keys("img_embed.proj", ("x_embedder",), "img_in"),
+    Keys("txt_embed.proj", ("context_embedder",), "txt_in"),
+    *embedder("conditioning.time", "time_guidance_embed.timestep_embedder", "time_in"),
+    *embedder("conditioning.guidance", "time_guidance_embed.guidance_embedder", "guidance_in"),
+    Keys("shared_modulation.img.proj", ("double_stream_modulation_img.linear",), "double_stream_modulation_img.lin"),
+    Keys("shared_modulation.txt.proj", ("double_stream_modulation_txt.linear",), "double_stream_modulation_txt.lin"),
+    Keys("shared_modulation.single.proj", ("single_stream_modulation.linear",), "single_stream_modulation.lin"),
+    Keys("final_modulation.proj", ("norm_out.linear",), "final_layer.adaLN_modulation.1", swapped="always"),
+    Keys("blocks.*.img.qkv.proj", joined(f"{_BLOCK}.attn", _QKV), "double_blocks.*.img_attn.qkv"),
+    Keys("blocks.*.img.qkv.norm_q", (f"{_BLOCK}.attn.norm_q",), "double_blocks.*.img_attn.norm.query_norm", scale=True),
+    Keys("blocks.*.img.qkv.norm_k", (f"{_BLOCK}.attn.norm_k",), "double_blocks.*.img_attn.norm.key_norm", scale=True),
+    Keys("blocks.*.img.attn_out", (f"{_BLOCK}.attn.to_out.0",), "double_blocks.*.img_attn.proj"),
+    Keys("blocks.*.img.mlp.up", (f"{_BLOCK}.ff.linear_in",), "double_blocks.*.img_mlp.0"),
+    Keys("blocks.*.img.mlp.down", (f"{_BLOCK}.ff.linear_out",), "double_blocks.*.img_mlp.2"),
+    Keys("blocks.*.txt.qkv.proj", joined(f"{_BLOCK}.attn", _ADDED), "double_blocks.*.txt_attn.qkv"),
+    Keys(
+        "blocks.*.txt.qkv.norm_q",
+        (f"{_BLOCK}.attn.norm_added_q",),
+        "double_blocks.*.txt_attn.norm.query_norm",
+        scale=True,
+    ),
+    Keys(
+        "blocks.*.txt.qkv.norm_k",
+        (f"{_BLOCK}.attn.norm_added_k",),
+        "double_blocks.*.txt_attn.norm.key_norm",
+        scale=True,
+    ),
+    Keys("blocks.*.txt.attn_out", (f"{_BLOCK}.attn.to_add_out",), "double_blocks.*.txt_attn.proj"),
+    Keys("blocks.*.txt.mlp.up", (f"{_BLOCK}.ff_context.linear_in",), "double_blocks.*.txt_mlp.0"),
+    Keys("blocks.*.txt.mlp.down", (f"{_BLOCK}.ff_context.linear_out",), "double_blocks.*.txt_mlp.2"),
+    Keys("single_blocks.*.proj", (f"{_SINGLE}.attn.to_qkv_mlp_proj",), "single_blocks.*.linear1"),
+    Keys("single_blocks.*.norm_q", (f"{_SINGLE}.attn.norm_q",), "single_blocks.*.norm.query_norm", scale=True),
+    Keys("single_blocks.*.norm_k", (f"{_SINGLE}.attn.norm_k",), "single_blocks.*.norm.key_norm", scale=True),
+    Keys("single_blocks.*.out", (f"{_SINGLE}.attn.to_out",), "single_blocks.*.linear2"),
+    Keys("final.proj", ("proj_out",), "final_layer.linear"),
+)
+
+
+def spec_fields(c: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config says about the spec."""
+    return dict(
+        depth=c["num_layers"],
+        single_depth=c["num_single_layers"],
+        num_heads=c["num_attention_heads"],
+        head_dim=c["attention_head_dim"],
+        latent_channels=c["in_channels"],
+        out_channels=c["patch_size"] ** 2 * (c["out_channels"] or c["in_channels"]),
+        patch_size=1,  # latents are packed before the model
+        txt_dim=c["joint_attention_dim"],
+        pooled_dim=0,
+        guidance=c["guidance_embeds"],
+        time_scale=1000.0,
+        mlp_ratio=c["mlp_ratio"],
+        activation="swiglu",
+        bias=False,
+        text_ends=False,
+        shared_modulation=True,
+        fp16_clip=True,
+        rope_axes=tuple(c["axes_dims_rope"]),
+        rope_theta=float(c["rope_theta"]),
+        pos_max_size=0,
+    )
+
+
+def infer_config(shapes: Shapes) -> dict[str, Any]:
+    """The config of tensors; RoPE's four axes share a head equally, its base is the published one."""
+    width, in_channels = shapes["x_embedder.weight"]
+    (head_dim,) = shapes["transformer_blocks.0.attn.norm_q.weight"]
+    out_channels = shapes["proj_out.weight"][0]
+    return dict(
+        in_channels=in_channels,
+        out_channels=None if out_channels == in_channels else out_channels,
+        num_layers=blocks_of(shapes, "transformer_blocks"),
+        num_single_layers=blocks_of(shapes, "single_transformer_blocks"),
+        attention_head_dim=head_dim,
+        num_attention_heads=width // head_dim,
+        joint_attention_dim=shapes["context_embedder.weight"][1],
+        timestep_guidance_channels=shapes["time_guidance_embed.timestep_embedder.linear_1.weight"][1],
+        mlp_ratio=shapes["transformer_blocks.0.ff.linear_out.weight"][1] / width,
+        axes_dims_rope=(head_dim // 4,) * 4,
+        guidance_embeds="time_guidance_embed.guidance_embedder.linear_1.weight" in shapes,
+    )
+
+
+def position_ids(images: Sequence[Grid], txt_tokens: int) -> Ids:
+    """(0, row, column, 0), references at 10, 20, … on the first axis; text (0, 0, 0, i) (diffusers Flux2Pipeline)."""
+    img = np.concatenate([np.pad(grid(r, c), ((0, 0), (1, 1))) for r, c in images])
+    img[:, 0] = np.repeat(10 * np.arange(len(images)), [r * c for r, c in images])
+    txt = np.zeros((txt_tokens, 4), np.float32)
+    txt[:, 3] = np.arange(txt_tokens)
+    return img, txt
+
+
+_DEFAULTS = {
+    "patch_size": 1,
+    "in_channels": 128,
+    "out_channels": None,
+    "num_layers": 8,
+    "num_single_layers": 48,
+    "attention_head_dim": 128,
+    "num_attention_heads": 48,
+    "joint_attention_dim": 15360,
+    "timestep_guidance_channels": 256,
+    "mlp_ratio": 3.0,
+    "axes_dims_rope": (32, 32, 32, 32),
+    "rope_theta": 2000,
+    "eps": 1e-6,
+    "guidance_embeds": True,
+}
+_KLEIN = {**_DEFAULTS, "guidance_embeds": False}
+_KLEIN_4B = {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680}
+_KLEIN_9B = {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288}
+
+FLUX2 = Family(
+    name="flux2",
+    title="FLUX.2",
+    # black-forest-labs/FLUX.2-dev, FLUX.2-klein-4B and FLUX.2-klein-9B, transformer/config.json
+    presets=(
+        ModelSpec("flux2-dev", family="flux2", **spec_fields(_DEFAULTS)),
+        ModelSpec("flux2-klein-4b", family="flux2", **spec_fields({**_KLEIN, **_KLEIN_4B})),
+        ModelSpec("flux2-klein-9b", family="flux2", **spec_fields({**_KLEIN, **_KLEIN_9B})),
+    ),
+    config_class="Flux2Transformer2DModel",
+    config_defaults=_DEFAULTS,
+    config_choices={"eps": (1e-6,), "timestep_guidance_channels": (256,)},
+    spec_fields=spec_fields,
+    infer_config=infer_config,
+    keys=KEYS,
+    position_ids=position_ids,
+    references=True,
+)

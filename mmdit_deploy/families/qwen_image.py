@@ -1,0 +1,128 @@
+"""Qwen-Image and Qwen-Image-Edit (Wu et al. 2025, arXiv:2508.02324)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mmdit_deploy.families.family import Family, Grid, Ids, Keys, Shapes, blocks_of, grid, joined
+from mmdit_deploy.families.flux1 import rope_axes
+from mmdit_deploy.spec import ModelSpec
+
+_BLOCK = "transformer_blocks.*"
+
+# The authors' own layout is diffusers'.
+KEYS = (
+    Keys("img_embed.proj", ("img_in",)),
+    Keys("txt_embed.norm", ("txt_norm",)),
+    Keys("txt_embed.proj", ("txt_in",)),
+    Keys("conditioning.time.up", ("time_text_embed.timestep_embedder.linear_1",)),
+    Keys("conditioning.time.down", ("time_text_embed.timestep_embedder.linear_2",)),
+    Keys("modulations.*.img.proj", (f"{_BLOCK}.img_mod.1",)),
+    Keys("modulations.*.txt.proj", (f"{_BLOCK}.txt_mod.1",)),
+    Keys("final_modulation.proj", ("norm_out.linear",)),
+    Keys("blocks.*.img.qkv.proj", joined(f"{_BLOCK}.attn", ("to_q", "to_k", "to_v"))),
+    Keys("blocks.*.img.qkv.norm_q", (f"{_BLOCK}.attn.norm_q",)),
+    Keys("blocks.*.img.qkv.norm_k", (f"{_BLOCK}.attn.norm_k",)),
+    Keys("blocks.*.img.attn_out", (f"{_BLOCK}.attn.to_out.0",)),
+    Keys("blocks.*.img.mlp.up", (f"{_BLOCK}.img_mlp.net.0.proj",)),
+    Keys("blocks.*.img.mlp.down", (f"{_BLOCK}.img_mlp.net.2",)),
+    Keys("blocks.*.txt.qkv.proj", joined(f"{_BLOCK}.attn", ("add_q_proj", "add_k_proj", "add_v_proj"))),
+    Keys("blocks.*.txt.qkv.norm_q", (f"{_BLOCK}.attn.norm_added_q",)),
+    Keys("blocks.*.txt.qkv.norm_k", (f"{_BLOCK}.attn.norm_added_k",)),
+    Keys("blocks.*.txt.attn_out", (f"{_BLOCK}.attn.to_add_out",)),
+    Keys("blocks.*.txt.mlp.up", (f"{_BLOCK}.txt_mlp.net.0.proj",)),
+    Keys("blocks.*.txt.mlp.down", (f"{_BLOCK}.txt_mlp.net.2",)),
+    Keys("final.proj", ("proj_out",)),
+)
+
+
+def spec_fields(c: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config says about the spec."""
+    return dict(
+        depth=c["num_layers"],
+        num_heads=c["num_attention_heads"],
+        head_dim=c["attention_head_dim"],
+        latent_channels=c["in_channels"],
+        out_channels=c["patch_size"] ** 2 * (c["out_channels"] or c["in_channels"]),
+        patch_size=1,  # latents are packed before the model
+        txt_dim=c["joint_attention_dim"],
+        pooled_dim=0,
+        time_scale=1000.0,
+        txt_norm=True,
+        txt_mask=True,
+        text_ends=False,
+        fp16_clip=True,
+        rope_axes=tuple(c["axes_dims_rope"]),
+        pos_max_size=0,
+    )
+
+
+def infer_config(shapes: Shapes) -> dict[str, Any]:
+    """The config of tensors; RoPE's axes in the proportions of the published models."""
+    width, in_channels = shapes["img_in.weight"]
+    (head_dim,) = shapes["transformer_blocks.0.attn.norm_q.weight"]
+    return dict(
+        in_channels=in_channels,
+        out_channels=shapes["proj_out.weight"][0] // 4,
+        num_layers=blocks_of(shapes, "transformer_blocks"),
+        attention_head_dim=head_dim,
+        num_attention_heads=width // head_dim,
+        joint_attention_dim=shapes["txt_in.weight"][1],
+        axes_dims_rope=rope_axes(head_dim),
+    )
+
+
+def position_ids(images: Sequence[Grid], txt_tokens: int) -> Ids:
+    """(index, row, column) from each image's centre; text on the diagonal, beyond the largest image.
+
+    diffusers QwenEmbedRope, with ``scale_rope``: rows run from -⌈rows/2⌉.
+    """
+    parts = []
+    for index, (rows, cols) in enumerate(images):
+        centred = grid(rows, cols) - np.array([rows - rows // 2, cols - cols // 2], np.float32)
+        parts.append(np.concatenate([np.full((rows * cols, 1), index), centred], 1))
+    start = max(max(rows // 2, cols // 2) for rows, cols in images)
+    txt = np.repeat(np.arange(start, start + txt_tokens, dtype=np.float32)[:, None], 3, 1)
+    return np.concatenate(parts).astype(np.float32), txt
+
+
+_DEFAULTS = {
+    "patch_size": 2,
+    "in_channels": 64,
+    "out_channels": 16,
+    "num_layers": 60,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 3584,
+    "guidance_embeds": False,
+    "axes_dims_rope": (16, 56, 56),
+    "zero_cond_t": False,
+    "use_additional_t_cond": False,
+    "use_layer3d_rope": False,
+}
+
+QWEN_IMAGE = Family(
+    name="qwen-image",
+    title="Qwen-Image",
+    # Qwen/Qwen-Image, Qwen-Image-Edit and Qwen-Image-Edit-2509, transformer/config.json
+    presets=(
+        ModelSpec("qwen-image", family="qwen-image", **spec_fields(_DEFAULTS)),
+        ModelSpec("qwen-image-edit", family="qwen-image", **spec_fields(_DEFAULTS)),
+    ),
+    config_class="QwenImageTransformer2DModel",
+    config_defaults=_DEFAULTS,
+    config_choices={
+        "guidance_embeds": (False,),
+        "zero_cond_t": (False,),
+        "use_additional_t_cond": (False,),
+        "use_layer3d_rope": (False,),
+    },
+    spec_fields=spec_fields,
+    infer_config=infer_config,
+    keys=KEYS,
+    position_ids=position_ids,
+    references=True,
+)

@@ -1,0 +1,144 @@
+"""Stable Diffusion 3 and 3.5 (Esser et al. 2024, arXiv:2403.03206)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mmdit_deploy.errors import SpecError
+from mmdit_deploy.families.family import Family, Grid, Ids, Keys, Shapes, blocks_of, grid, joined
+from mmdit_deploy.spec import ModelSpec
+
+POSITION_TABLE = "pos_embed.pos_embed"  # in every checkpoint; a parameter only where it differs from the formula
+_BLOCK, _X, _CONTEXT = "transformer_blocks.*", "joint_blocks.*.x_block", "joint_blocks.*.context_block"
+
+KEYS = (
+    Keys("img_embed.proj", ("pos_embed.proj",), "x_embedder.proj"),
+    Keys("txt_embed.proj", ("context_embedder",), "context_embedder"),
+    Keys("conditioning.time.up", ("time_text_embed.timestep_embedder.linear_1",), "t_embedder.mlp.0"),
+    Keys("conditioning.time.down", ("time_text_embed.timestep_embedder.linear_2",), "t_embedder.mlp.2"),
+    Keys("conditioning.pooled.up", ("time_text_embed.text_embedder.linear_1",), "y_embedder.mlp.0"),
+    Keys("conditioning.pooled.down", ("time_text_embed.text_embedder.linear_2",), "y_embedder.mlp.2"),
+    Keys("modulations.*.img.proj", (f"{_BLOCK}.norm1.linear",), f"{_X}.adaLN_modulation.1"),
+    Keys(
+        "modulations.*.txt.proj",
+        (f"{_BLOCK}.norm1_context.linear",),
+        f"{_CONTEXT}.adaLN_modulation.1",
+        swapped="last block",
+    ),
+    Keys("final_modulation.proj", ("norm_out.linear",), "final_layer.adaLN_modulation.1", swapped="always"),
+    Keys("blocks.*.img.qkv.proj", joined(f"{_BLOCK}.attn", ("to_q", "to_k", "to_v")), f"{_X}.attn.qkv"),
+    Keys("blocks.*.img.qkv.norm_q", (f"{_BLOCK}.attn.norm_q",), f"{_X}.attn.ln_q"),
+    Keys("blocks.*.img.qkv.norm_k", (f"{_BLOCK}.attn.norm_k",), f"{_X}.attn.ln_k"),
+    Keys("blocks.*.img.attn_out", (f"{_BLOCK}.attn.to_out.0",), f"{_X}.attn.proj"),
+    Keys("blocks.*.img.mlp.up", (f"{_BLOCK}.ff.net.0.proj",), f"{_X}.mlp.fc1"),
+    Keys("blocks.*.img.mlp.down", (f"{_BLOCK}.ff.net.2",), f"{_X}.mlp.fc2"),
+    Keys("blocks.*.img.qkv2.proj", joined(f"{_BLOCK}.attn2", ("to_q", "to_k", "to_v")), f"{_X}.attn2.qkv"),
+    Keys("blocks.*.img.qkv2.norm_q", (f"{_BLOCK}.attn2.norm_q",), f"{_X}.attn2.ln_q"),
+    Keys("blocks.*.img.qkv2.norm_k", (f"{_BLOCK}.attn2.norm_k",), f"{_X}.attn2.ln_k"),
+    Keys("blocks.*.img.attn2_out", (f"{_BLOCK}.attn2.to_out.0",), f"{_X}.attn2.proj"),
+    Keys(
+        "blocks.*.txt.qkv.proj",
+        joined(f"{_BLOCK}.attn", ("add_q_proj", "add_k_proj", "add_v_proj")),
+        f"{_CONTEXT}.attn.qkv",
+    ),
+    Keys("blocks.*.txt.qkv.norm_q", (f"{_BLOCK}.attn.norm_added_q",), f"{_CONTEXT}.attn.ln_q"),
+    Keys("blocks.*.txt.qkv.norm_k", (f"{_BLOCK}.attn.norm_added_k",), f"{_CONTEXT}.attn.ln_k"),
+    Keys("blocks.*.txt.attn_out", (f"{_BLOCK}.attn.to_add_out",), f"{_CONTEXT}.attn.proj"),
+    Keys("blocks.*.txt.mlp.up", (f"{_BLOCK}.ff_context.net.0.proj",), f"{_CONTEXT}.mlp.fc1"),
+    Keys("blocks.*.txt.mlp.down", (f"{_BLOCK}.ff_context.net.2",), f"{_CONTEXT}.mlp.fc2"),
+    Keys("final.proj", ("proj_out",), "final_layer.linear"),
+)
+
+
+def spec_fields(c: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config says about the spec."""
+    width = c["num_attention_heads"] * c["attention_head_dim"]
+    if c["caption_projection_dim"] != width:
+        raise SpecError(
+            "caption_projection_dim equals num_attention_heads * attention_head_dim: both streams have one width",
+            received=f"{c['caption_projection_dim']} and {width}",
+            fix="repair config.json",
+        )
+    return dict(
+        depth=c["num_layers"],
+        num_heads=c["num_attention_heads"],
+        head_dim=c["attention_head_dim"],
+        latent_channels=c["in_channels"],
+        out_channels=c["in_channels"] if c["out_channels"] is None else c["out_channels"],
+        patch_size=c["patch_size"],
+        txt_dim=c["joint_attention_dim"],
+        pooled_dim=c["pooled_projection_dim"],
+        qk_norm=c["qk_norm"] == "rms_norm",
+        dual_attention_blocks=tuple(c["dual_attention_layers"]),
+        pos_max_size=c["pos_embed_max_size"],
+        pos_base_size=c["sample_size"] // c["patch_size"],
+    )
+
+
+def infer_config(shapes: Shapes) -> dict[str, Any]:
+    """The config of tensors; heads of 64 where no norm tells their width, positions for 1024² pixels."""
+    width, channels, patch, _ = shapes["pos_embed.proj.weight"]
+    depth = blocks_of(shapes, "transformer_blocks")
+    head_dim = shapes.get("transformer_blocks.0.attn.norm_q.weight", (64,))[0]
+    dual = [i for i in range(depth) if f"transformer_blocks.{i}.attn2.to_q.weight" in shapes]
+    return dict(
+        patch_size=patch,
+        in_channels=channels,
+        num_layers=depth,
+        attention_head_dim=head_dim,
+        num_attention_heads=width // head_dim,
+        joint_attention_dim=shapes["context_embedder.weight"][1],
+        caption_projection_dim=width,
+        pooled_projection_dim=shapes["time_text_embed.text_embedder.linear_1.weight"][1],
+        out_channels=shapes["proj_out.weight"][0] // patch**2,
+        pos_embed_max_size=math.isqrt(shapes[POSITION_TABLE][1]) if POSITION_TABLE in shapes else 192,
+        dual_attention_layers=dual,
+        qk_norm="rms_norm" if "transformer_blocks.0.attn.norm_q.weight" in shapes else None,
+    )
+
+
+def position_ids(images: Sequence[Grid], txt_tokens: int) -> Ids:
+    """Rows and columns of the image; text has no positions."""
+    ((rows, cols),) = images
+    return grid(rows, cols), np.zeros((txt_tokens, 2), np.float32)
+
+
+SD3 = Family(
+    name="sd3",
+    title="Stable Diffusion 3 / 3.5",
+    # Each as published: stabilityai/stable-diffusion-3-medium-diffusers, -3.5-large, -3.5-large-turbo, -3.5-medium.
+    presets=(
+        ModelSpec("sd3-medium", depth=24, num_heads=24, qk_norm=False),
+        ModelSpec("sd3.5-large", depth=38, num_heads=38),
+        ModelSpec("sd3.5-large-turbo", depth=38, num_heads=38),
+        ModelSpec("sd3.5-medium", depth=24, num_heads=24, dual_attention_blocks=tuple(range(13)), pos_max_size=384),
+    ),
+    config_class="SD3Transformer2DModel",
+    config_defaults={
+        "sample_size": 128,
+        "patch_size": 2,
+        "in_channels": 16,
+        "num_layers": 18,
+        "attention_head_dim": 64,
+        "num_attention_heads": 18,
+        "joint_attention_dim": 4096,
+        "caption_projection_dim": 1152,
+        "pooled_projection_dim": 2048,
+        "out_channels": 16,
+        "pos_embed_max_size": 96,
+        "dual_attention_layers": (),
+        "qk_norm": None,
+    },
+    config_choices={"qk_norm": (None, "rms_norm")},
+    spec_fields=spec_fields,
+    infer_config=infer_config,
+    keys=KEYS,
+    buffers={POSITION_TABLE: "pos_embed"},
+    patch_convolution=True,
+    position_ids=position_ids,
+    controlnet=True,
+)
