@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from mmdit_deploy.errors import UsageError
 from mmdit_deploy.families import preset
 from mmdit_deploy.spec import precision
 
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SUFFIX = ".toml"
 _MAX_BYTES = 2**20  # a recipe takes some hundred bytes
 _PACKAGE = Path(__file__).resolve().parent
@@ -25,7 +27,8 @@ class Recipe:
     Args:
         name: the file's name without its suffix, e.g. ``sd3-medium-fp16``.
         description: what it is for, in a line.
-        preset: the architecture, as `mmdit_deploy.spec.preset` knows it.
+        preset: the architecture, as `mmdit_deploy.families.preset` knows it.
+        checkpoint: a folder or file to export, or the name of the published one on the Hugging Face hub.
         precision: the compute type, as `mmdit_deploy.spec.precision` knows it.
         targets: engines to build, e.g. ``("ort-cpu",)``; empty for the defaults of the machine.
         ranges: by axis; the contract's defaults where not given.
@@ -36,6 +39,7 @@ class Recipe:
     description: str
     preset: str
     precision: str
+    checkpoint: Path | str | None = None
     targets: tuple[str, ...] = ()
     ranges: Mapping[str, Range] = field(default_factory=dict)
     profiles: tuple[Profile, ...] = ()
@@ -111,6 +115,8 @@ def _recipe(path: Path, data: Mapping[str, Any]) -> Recipe:
             fix=f"correct them; required are {', '.join(sorted(_REQUIRED))}",
         )
     values = {key: read(data[key], f"{key} in {path}") for key, read in _FIELDS.items() if key in data}
+    if isinstance(values.get("checkpoint"), Path):
+        values["checkpoint"] = path.parent / values["checkpoint"]
     return Recipe(path.stem, **values)
 
 
@@ -122,6 +128,18 @@ def _text(value: Any, where: str) -> str:
 
 def _preset(value: Any, where: str) -> str:
     return preset(_text(value, where)).name
+
+
+def _checkpoint(value: Any, where: str) -> Path | str:
+    """A path begins with a slash or a dot, and is relative to the recipe; anything else is a name on the hub."""
+    text = _text(value, where)
+    if text.startswith(("/", ".")):
+        return Path(text)
+    if not HUB_NAME.fullmatch(text):
+        raise _wrong(
+            where, "a path that begins with / or ., or a name on the hub", value, '"black-forest-labs/FLUX.1-dev"'
+        )
+    return text
 
 
 def _precision(value: Any, where: str) -> str:
@@ -160,6 +178,7 @@ def _wrong(where: str, expected: str, received: object, example: str) -> UsageEr
 _FIELDS: Mapping[str, Callable[[Any, str], Any]] = {
     "description": _text,
     "preset": _preset,
+    "checkpoint": _checkpoint,
     "precision": _precision,
     "targets": _targets,
     "ranges": _ranges,

@@ -6,29 +6,52 @@ from pathlib import Path
 
 import pytest
 
+from mmdit_deploy.build import check_targets
+from mmdit_deploy.checkpoint.keys import parameters
 from mmdit_deploy.contract import Contract, Range
 from mmdit_deploy.errors import UsageError
 from mmdit_deploy.families import PRESETS, preset
 from mmdit_deploy.recipes import load_recipe, recipe_names
 from mmdit_deploy.spec import precision
 
+FOLDER = Path(__file__).parents[1] / "export"
 GOOD = """description = "one of mine"
 preset = "sd3-medium"
 precision = "fp16"
 """
 
 
-def test_there_is_a_recipe_per_model_and_precision() -> None:
-    assert set(recipe_names()) == {f"{model}-{p}" for model in PRESETS for p in ("fp16", "bf16")}
+def test_every_preset_has_a_recipe() -> None:
+    assert {load_recipe(name).preset for name in recipe_names()} == set(PRESETS)
+    for wanted in ("sd3-medium-fp16", "sd3.5-large-fp16", "sd3.5-medium-bf16", "flux1-dev-bf16", "flux1-schnell-fp16",
+                   "flux2-dev-bf16", "qwen-image-bf16"):  # fmt: skip
+        assert wanted in recipe_names()
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_shipped_recipes_make_a_contract(name: str) -> None:
     recipe = load_recipe(name)
     assert name == recipe.name == f"{recipe.preset}-{recipe.precision}"
-    assert recipe.targets == ()  # the machine decides
-    contract = Contract.of(preset(recipe.preset), precision(recipe.precision), recipe.ranges)
+    check_targets(recipe.targets, precision(recipe.precision))
+    spec = preset(recipe.preset)
+    contract = Contract.of(spec, precision(recipe.precision), recipe.ranges)
     assert contract.ranges == recipe.ranges
+    assert isinstance(recipe.checkpoint, str) and recipe.checkpoint.count("/") == 1
+    text = (FOLDER / f"{name}.toml").read_text()
+    assert "pixels" in text and "text" in text.lower()  # a comment says what the numbers of tokens mean
+    billions = sum(p.numel for p in parameters(spec)) / 1e9
+    assert any(f"({billions:.{digits}f} B parameters" in recipe.description for digits in (1, 2))
+
+
+def test_a_checkpoint_is_a_path_or_a_name_on_the_hub(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    for text, expected in (("./model", tmp_path / "model"), ("/models/m", Path("/models/m")), ("org/name", "org/name")):
+        path.write_text(GOOD + f'checkpoint = "{text}"\n')
+        assert load_recipe(path).checkpoint == expected
+    for text in ("model.safetensors", "a/b/c", "~/model"):
+        path.write_text(GOOD + f'checkpoint = "{text}"\n')
+        with pytest.raises(UsageError, match="checkpoint"):
+            load_recipe(path)
 
 
 def test_a_file_needs_three_keys_only(tmp_path: Path) -> None:

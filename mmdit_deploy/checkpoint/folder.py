@@ -87,6 +87,15 @@ class Checkpoint:
         self.close()
 
 
+def download_command(repository: str) -> str:
+    """How to get a transformer from the Hugging Face hub, and what to pass then."""
+    folder = repository.rpartition("/")[2]
+    return (
+        f'download it first: hf download {repository} --include "transformer/*" --local-dir {folder}, '
+        f"then pass {folder}"
+    )
+
+
 def _transformer_folder(path: Path) -> Path:
     """Finds the folder with the transformer's config.json, from what the user gave."""
     if not path.is_dir():
@@ -95,12 +104,7 @@ def _transformer_folder(path: Path) -> Path:
         name = str(path)
         hub = _HUB_NAME.fullmatch(name)
         if hub and path.suffix not in (*SAFETENSORS_SUFFIXES, ".gguf", *PICKLE_SUFFIXES):
-            repository = hub[1]
-            folder = repository.rpartition("/")[2]
-            fix = (
-                "if this is a model on the Hugging Face hub, download it first: "
-                f'hf download {repository} --include "transformer/*" --local-dir {folder}, then pass {folder}'
-            )
+            fix = f"if this is a model on the Hugging Face hub, {download_command(hub[1])}"
         else:
             fix = PASS_CHECKPOINT
         raise CheckpointError("the checkpoint must exist", received=f"no such path: {quote(name)}", fix=fix)

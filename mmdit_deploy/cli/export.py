@@ -11,10 +11,7 @@ from mmdit_deploy.cli.terminal import emit, run_command
 from mmdit_deploy.errors import UsageError
 
 if TYPE_CHECKING:
-    from mmdit_deploy.checkpoint.weights import WeightSource
     from mmdit_deploy.export import ExportRequest, ExportResult
-    from mmdit_deploy.recipes import Recipe
-    from mmdit_deploy.spec import ModelSpec
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 AXES = ("batch", "img_tokens", "txt_tokens")
@@ -29,8 +26,8 @@ def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     p = argparse.ArgumentParser(
         prog="mmdit-export",
-        description="Export an MMDiT (Stable Diffusion 3 / 3.5) to a bundle: ONNX graphs, weights, engines, and the "
-        "proof that they compute the PyTorch model.",
+        description="Export an MMDiT (Stable Diffusion 3 and 3.5, FLUX.1, FLUX.2, Qwen-Image) to a bundle: ONNX "
+        "graphs, weights, engines, and the proof that they compute the PyTorch model.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -38,10 +35,11 @@ def parser() -> argparse.ArgumentParser:
         "checkpoint",
         nargs="?",
         metavar="CHECKPOINT",
-        help="a diffusers folder; without it, weights are random",
+        help="a diffusers folder, or a .safetensors file in diffusers' or the authors' own layout; without it, weights "
+        "are random",
     )
     model = p.add_mutually_exclusive_group()
-    model.add_argument("--preset", metavar="NAME", help="architecture by name: sd3-medium, sd3.5-medium, sd3.5-large")
+    model.add_argument("--preset", metavar="NAME", help="architecture by name: sd3.5-large, flux1-dev, qwen-image, …")
     model.add_argument("--depth", metavar="N", help="the SD3 paper's scaling: width 64·N, N heads, N blocks (1 to 128)")
     model.add_argument("--recipe", metavar="NAME|FILE", help="what to export as data: a shipped recipe or a TOML file")
     p.add_argument(
@@ -49,6 +47,11 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         metavar="FILE[:SCALE]",
         help="a LoRA (.safetensors, or a PEFT folder) to merge into the weights, SCALE times (default 1); may repeat",
+    )
+    p.add_argument(
+        "--controlnet",
+        metavar="N",
+        help="take the N residuals of a ControlNet as one more input (Stable Diffusion 3 and 3.5)",
     )
     precision = p.add_mutually_exclusive_group()
     for name in PRECISIONS:
@@ -80,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
         "--outputs",
         action="append",
         metavar="NAME",
-        help="also return a block's image tokens, e.g. blocks.12; may repeat",
+        help="also return a block's tokens, e.g. blocks.12 or single_blocks.3; may repeat",
     )
     p.add_argument("-o", "--out", type=Path, metavar="DIR", help="the bundle (default dist/<name>-<precision>)")
     p.add_argument("--force", action="store_true", help="replace an existing bundle, whole")
@@ -145,6 +148,7 @@ def _log(line: str) -> None:
 
 
 def _request(args: argparse.Namespace) -> ExportRequest:
+    from mmdit_deploy.cli.model_choice import choose_model
     from mmdit_deploy.contract import Range, parse_profile
     from mmdit_deploy.export import ExportRequest, default_targets
     from mmdit_deploy.lora import open_lora, parse_lora
@@ -159,7 +163,9 @@ def _request(args: argparse.Namespace) -> ExportRequest:
         )
     recipe = load_recipe(args.recipe) if args.recipe else None
     loras = [parse_lora(text) for text in args.lora or ()]
-    spec, source = _model(args, recipe)
+    spec, source, notes = choose_model(args, recipe)
+    for note in notes:
+        _log(note)
     ranges = dict(recipe.ranges) if recipe else {}
     ranges.update({axis: Range.parse(axis, text) for axis in AXES if (text := getattr(args, axis)) is not None})
     return ExportRequest(
@@ -181,63 +187,7 @@ def _request(args: argparse.Namespace) -> ExportRequest:
     )
 
 
-def _model(args: argparse.Namespace, recipe: Recipe | None) -> tuple[ModelSpec, WeightSource]:
-    from mmdit_deploy.checkpoint.weights import RandomWeights, open_weights
-    from mmdit_deploy.families import preset
-    from mmdit_deploy.spec import from_depth
-
-    name = args.preset or (recipe.preset if recipe else None)
-    if args.checkpoint is not None:
-        if args.depth is not None:
-            raise UsageError(
-                "a checkpoint's own config says its depth",
-                received=f"CHECKPOINT and --depth {args.depth}",
-                fix="drop --depth, or drop the checkpoint to export random weights",
-            )
-        if args.seed is not None:
-            raise UsageError(
-                "a seed makes random weights",
-                received=f"CHECKPOINT and --seed {args.seed}",
-                fix="drop --seed, or drop the checkpoint",
-            )
-        spec, source = open_weights(args.checkpoint)
-        if name is not None:
-            _check_same(spec, preset(name))
-        return spec, source
-    if args.depth is not None:
-        return from_depth(_depth(args.depth)), RandomWeights(args.seed or 0)
-    if name is not None:
-        return preset(name), RandomWeights(args.seed or 0)
-    raise UsageError(
-        "say what to export",
-        received="no CHECKPOINT, --preset, --depth or --recipe",
-        fix="e.g. mmdit-export --depth 24 --fp16",
-    )
-
-
 def _segments(text: str) -> int | None:
-    if text == "auto":
-        return None
-    if not (text.isascii() and text.isdecimal() and len(text) < 6):
-        raise UsageError("--segments is a number or auto", received=ascii(text)[:40], fix="--segments auto")
-    return int(text)
+    from mmdit_deploy.cli.model_choice import whole_number
 
-
-def _depth(text: str) -> Any:
-    """The number that a text says, or the text itself, which `from_depth` refuses in its own words."""
-    try:
-        return int(text)
-    except ValueError:  # no number, or one of more digits than Python reads
-        return text[:20]
-
-
-def _check_same(spec: ModelSpec, expected: ModelSpec) -> None:
-    """A checkpoint given together with a preset or recipe must be of that architecture."""
-    ours, theirs = spec.to_json(), expected.to_json()
-    differing = [k for k in ours if k not in ("name", "pos_table") and ours[k] != theirs[k]]
-    if differing:
-        raise UsageError(
-            f"the checkpoint must be a {expected.name}, as the recipe or preset says",
-            received=", ".join(f"{k} {ours[k]}, expected {theirs[k]}" for k in differing),
-            fix="export it without --recipe or --preset",
-        )
+    return None if text == "auto" else whole_number("--segments", text, "a number or auto")

@@ -63,7 +63,7 @@ DEFAULT_RANGES: Mapping[str, Range] = {
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One input or output: its name, its axes (a name, a sum of names or a fixed size each), its dtype (torch's name)."""
+    """One input or output: its name, its axes (a name, a sum of names or a fixed size each), its dtype by torch."""
 
     name: str
     axes: tuple[str | int, ...]

@@ -46,6 +46,7 @@ def preflight(request: ExportRequest) -> Plan:
         contract,
         targets,
         from_checkpoint=not isinstance(request.source, RandomWeights),
+        merged=bool(request.loras),
         segments=request.segments,
         verify=request.verify,
         thorough=request.thorough,

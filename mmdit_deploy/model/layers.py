@@ -65,7 +65,7 @@ def modulate(x_BNC: Tensor, shift_B1C: Tensor, scale_B1C: Tensor) -> Tensor:
 
 
 def clip_fp16(x: Tensor) -> Tensor:
-    """In fp16 an overflow becomes the largest finite number; other types have the range (diffusers' FLUX, Qwen-Image)."""
+    """In fp16 an overflow becomes the largest finite number (diffusers' FLUX and Qwen-Image); elsewhere nothing."""
     return x.clamp(-FP16_MAX, FP16_MAX) if x.dtype == torch.float16 else x
 
 
