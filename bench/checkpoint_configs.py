@@ -7,6 +7,7 @@ from typing import Any
 
 from mmdit_deploy.checkpoint.keys import parameters
 from mmdit_deploy.families import PRESETS, family_of
+from mmdit_deploy.families.qwen_image import STILL_REFERENCES
 from mmdit_deploy.spec import ModelSpec
 
 _TINY_SD3 = {
@@ -61,6 +62,8 @@ def config_of(spec: ModelSpec) -> dict[str, Any]:
     family = family_of(spec)
     table = dataclasses.replace(spec, pos_table=True) if spec.pos_max_size else spec
     shapes = {part.key: part.shape for parameter in parameters(table) for part in parameter.parts}
+    if spec.still_references:
+        shapes[STILL_REFERENCES] = (0,)
     return {"_class_name": family.config_class, **family.infer_config(shapes)}
 
 
@@ -72,6 +75,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "tiny-flux1-guidance": {**_TINY_FLUX1, "guidance_embeds": True},
     "tiny-flux2": {**_TINY_FLUX2, "guidance_embeds": False},
     "tiny-flux2-guidance": _TINY_FLUX2,
+    "tiny-qwen-image-edit-2511": {**_TINY_QWEN_IMAGE, "zero_cond_t": True},
     "tiny-qwen-image": _TINY_QWEN_IMAGE,
     **{name: config_of(spec) for name, spec in PRESETS.items()},
 }

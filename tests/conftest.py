@@ -27,7 +27,7 @@ from mmdit_deploy.checkpoint.weights import (
 from mmdit_deploy.contract import Contract, Range
 from mmdit_deploy.export import ExportRequest, export
 from mmdit_deploy.graph.pipeline import Graphs, build_graphs
-from mmdit_deploy.graph.trace import trace
+from mmdit_deploy.graph.trace import one_operator_registry, trace
 from mmdit_deploy.model import Call, MMDiT
 from mmdit_deploy.spec import PRECISIONS, ModelSpec
 
@@ -47,10 +47,64 @@ TINY = ModelSpec(
     pos_max_size=72,
     pos_base_size=16,
 )
+_OTHERS: dict[str, Any] = {
+    "num_heads": 2,
+    "head_dim": 32,
+    "latent_channels": 12,
+    "out_channels": 10,
+    "patch_size": 1,
+    "txt_dim": 24,
+    "cond_dim": 40,
+    "time_scale": 1000.0,
+    "text_ends": False,
+    "fp16_clip": True,
+    "pos_max_size": 0,
+}
+_QWEN_IMAGE: dict[str, Any] = {
+    "family": "qwen-image",
+    "depth": 2,
+    "pooled_dim": 0,
+    "txt_norm": True,
+    "txt_mask": True,
+    "rope_axes": (4, 14, 14),
+    **_OTHERS,
+}
+# Each with every kind of call that its family has. Cut in three, FLUX.1 is cut among joint and among single blocks.
+TINY_FAMILIES = {
+    "flux1": ModelSpec(
+        "tiny-flux1",
+        family="flux1",
+        depth=2,
+        single_depth=3,
+        pooled_dim=20,
+        guidance=True,
+        rope_axes=(4, 14, 14),
+        **_OTHERS,
+    ),
+    "flux2": ModelSpec(
+        "tiny-flux2",
+        family="flux2",
+        depth=2,
+        single_depth=3,
+        pooled_dim=0,
+        guidance=True,
+        mlp_ratio=3.0,
+        activation="swiglu",
+        bias=False,
+        shared_modulation=True,
+        rope_axes=(8, 8, 8, 8),
+        rope_theta=2000.0,
+        **_OTHERS,
+    ),
+    "qwen-image": ModelSpec("tiny-qwen-image", **_QWEN_IMAGE),
+    "qwen-image-edit-2511": ModelSpec("tiny-qwen-image-edit-2511", still_references=True, **_QWEN_IMAGE),
+    "sd3-controlnet": dataclasses.replace(TINY, name="tiny-controlnet", depth=4, residuals=2),
+}
 
 # What a block's function depends on besides its name, and what no other function depends on.
 _OF_BLOCKS = (
-    "num_heads", "head_dim", "mlp_ratio", "activation", "bias", "qk_norm", "txt_mask", "fp16_clip", "rope_axes",
+    "num_heads", "head_dim", "mlp_ratio", "activation", "bias", "qk_norm", "txt_mask", "still_references", "fp16_clip",
+    "rope_axes",
 )  # fmt: skip
 _NOT_OF_OTHERS = ("name", "family", "depth", "single_depth", "text_ends", "dual_attention_blocks", "qk_norm")
 _FUNCTIONS: dict[tuple[object, str, torch.dtype], ir.Function] = {}
@@ -63,6 +117,12 @@ def tiny_spec() -> ModelSpec:
     return TINY
 
 
+@pytest.fixture(scope="session")
+def tiny_families() -> Mapping[str, ModelSpec]:
+    """A model of each family, by name: two joint blocks, and three single ones where it has any; SD3's has residuals."""
+    return TINY_FAMILIES
+
+
 def _trace_kinds(spec: ModelSpec, calls: Sequence[Call], dtype: torch.dtype) -> dict[str, ir.Function]:
     """What `trace_kinds` gives, with each function traced once per session.
 
@@ -71,13 +131,14 @@ def _trace_kinds(spec: ModelSpec, calls: Sequence[Call], dtype: torch.dtype) -> 
     block = tuple(getattr(spec, field) for field in _OF_BLOCKS)
     other = tuple(value for field, value in dataclasses.asdict(spec).items() if field not in _NOT_OF_OTHERS)
     functions = {}
-    for call in calls:
-        name = call.kind.function
-        of = block if name.endswith("Block") else other
-        key = (of, name, dtype)
-        if key not in _FUNCTIONS:
-            _FUNCTIONS[key] = trace(call.kind, dtype)
-        functions[name] = _FUNCTIONS[key]
+    with one_operator_registry():
+        for call in calls:
+            name = call.kind.function
+            of = block if name.endswith("Block") else other
+            key = (of, name, dtype)
+            if key not in _FUNCTIONS:
+                _FUNCTIONS[key] = trace(call.kind, dtype)
+            functions[name] = _FUNCTIONS[key]
     return functions
 
 

@@ -73,6 +73,7 @@ VARIANTS = {
     ),
     "qwen-image": Variant("QwenImageTransformer2DModel", {**_QWEN, "num_layers": 3}),
     "qwen-image-one-block": Variant("QwenImageTransformer2DModel", {**_QWEN, "num_layers": 1}),
+    "qwen-image-edit-2511": Variant("QwenImageTransformer2DModel", {**_QWEN, "num_layers": 2, "zero_cond_t": True}),
     "sd3-one-residual": Variant("SD3Transformer2DModel", {**_SD3, "num_layers": 3}, residuals=1),
     "sd3-residuals": Variant("SD3Transformer2DModel", {**_SD3, "num_layers": 5}, residuals=2),
     "sd3.5-medium-residuals": Variant(

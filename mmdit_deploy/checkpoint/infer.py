@@ -9,7 +9,7 @@ from mmdit_deploy.errors import CheckpointError
 from mmdit_deploy.families import POSITION_TABLE, Shapes, family_of, spec_from_config
 from mmdit_deploy.spec import ModelSpec
 
-_CONFIG_SAYS = "the config.json of a diffusers folder would say"
+_AS_PUBLISHED = "as in published models; the config.json of a diffusers folder would say"
 
 
 def infer_spec(table: KeyTable, shapes: Shapes, *, where: str, name: str) -> ModelSpec:
@@ -49,19 +49,20 @@ def recognized(spec: ModelSpec, table: KeyTable) -> str:
 
 
 def assumed(spec: ModelSpec, shapes: Shapes) -> tuple[str, ...]:
-    """What tensors cannot tell of a model that is none of the published ones, and what was taken instead."""
-    if _twins(spec):
-        return ()
+    """What tensors cannot tell of a model, and what was taken instead; most of it only of unpublished ones."""
     family = family_of(spec)
-    notes = []
+    # A buffer that a file may have is there to tell what parameters do not.
+    notes = [f"assumed: {family.undecided}"] if family.undecided and not set(family.buffers) & set(shapes) else []
+    if _twins(spec):
+        return tuple(notes)
     if spec.rope_axes and spec.head_dim not in {preset.head_dim for preset in family.presets}:
         axes = ", ".join(map(str, spec.rope_axes))
-        notes.append(f"assumed: RoPE's axes take {axes} channels of a head of {spec.head_dim}, as in published models")
+        notes.append(f"assumed: RoPE's axes take {axes} channels of a head of {spec.head_dim}, {_AS_PUBLISHED}")
     if not spec.qk_norm:
-        notes.append(f"assumed: heads are {spec.head_dim} wide, as in published models")
+        notes.append(f"assumed: heads are {spec.head_dim} wide, {_AS_PUBLISHED}")
     if spec.pos_max_size and not {POSITION_TABLE, family.buffers[POSITION_TABLE]} & set(shapes):
-        notes.append(f"assumed: positions are cropped from a {spec.pos_max_size}² grid, as in published models")
-    return tuple(f"{note}; {_CONFIG_SAYS}" for note in notes)
+        notes.append(f"assumed: positions are cropped from a {spec.pos_max_size}² grid, {_AS_PUBLISHED}")
+    return tuple(notes)
 
 
 def _twins(spec: ModelSpec) -> list[str]:

@@ -54,6 +54,7 @@ class Family:
         spec_fields: what a config with all fields says about the spec.
         infer_config: what the tensors say about the config: fields that they do not decide are as published.
         keys: every module that the family's models may have.
+        undecided: what tensors do not tell at all, and what is taken instead.
         buffers: keys that its checkpoints hold besides parameters; diffusers' key to the original's.
         patch_convolution: the image projection is stored as a convolution over the patch.
         position_ids: ids of the tokens of images (the one that is made, then references) and text.
@@ -72,6 +73,7 @@ class Family:
     position_ids: Callable[[Sequence[Grid], int], Ids]
     buffers: Mapping[str, str] = field(default_factory=dict)
     patch_convolution: bool = False
+    undecided: str = ""
     config_choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     references: bool = False
     controlnet: bool = False

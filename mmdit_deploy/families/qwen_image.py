@@ -11,6 +11,7 @@ from mmdit_deploy.families.family import Family, Grid, Ids, Keys, Shapes, blocks
 from mmdit_deploy.families.flux1 import rope_axes
 from mmdit_deploy.spec import ModelSpec
 
+STILL_REFERENCES = "__index_timestep_zero__"  # an empty tensor in ComfyUI's files of Qwen-Image-Edit-2511
 _BLOCK = "transformer_blocks.*"
 
 # The authors' own layout is diffusers'.
@@ -53,6 +54,7 @@ def spec_fields(c: Mapping[str, Any]) -> dict[str, Any]:
         time_scale=1000.0,
         txt_norm=True,
         txt_mask=True,
+        still_references=c["zero_cond_t"],
         text_ends=False,
         fp16_clip=True,
         rope_axes=tuple(c["axes_dims_rope"]),
@@ -72,6 +74,7 @@ def infer_config(shapes: Shapes) -> dict[str, Any]:
         num_attention_heads=width // head_dim,
         joint_attention_dim=shapes["txt_in.weight"][1],
         axes_dims_rope=rope_axes(head_dim),
+        zero_cond_t=STILL_REFERENCES in shapes,
     )
 
 
@@ -107,22 +110,24 @@ _DEFAULTS = {
 QWEN_IMAGE = Family(
     name="qwen-image",
     title="Qwen-Image",
-    # Qwen/Qwen-Image, Qwen-Image-Edit and Qwen-Image-Edit-2509, transformer/config.json
+    # Qwen/Qwen-Image, Qwen-Image-Edit with -2509, and Qwen-Image-Edit-2511, transformer/config.json
     presets=(
         ModelSpec("qwen-image", family="qwen-image", **spec_fields(_DEFAULTS)),
         ModelSpec("qwen-image-edit", family="qwen-image", **spec_fields(_DEFAULTS)),
+        ModelSpec("qwen-image-edit-2511", family="qwen-image", **spec_fields({**_DEFAULTS, "zero_cond_t": True})),
     ),
     config_class="QwenImageTransformer2DModel",
     config_defaults=_DEFAULTS,
     config_choices={
         "guidance_embeds": (False,),
-        "zero_cond_t": (False,),
         "use_additional_t_cond": (False,),
         "use_layer3d_rope": (False,),
     },
     spec_fields=spec_fields,
     infer_config=infer_config,
     keys=KEYS,
+    buffers={STILL_REFERENCES: STILL_REFERENCES},
+    undecided="reference images are modulated as in Qwen-Image-Edit and -2509; of -2511, pass a folder with config.json",
     position_ids=position_ids,
     references=True,
 )

@@ -57,18 +57,20 @@ def implied(spec: ModelSpec) -> dict[str, int]:
 def implied_lowered(spec: ModelSpec, dialect: str) -> dict[str, int]:
     """What the spec implies of a graph in a dialect: TensorRT's keeps the standard ops.
 
-    In ONNX Runtime's no attention holds its scores, no weight is transposed, and every norm takes its modulation.
+    In ONNX Runtime's no attention holds its scores, no weight is transposed, and every norm takes its modulation, where
+    that is one for all tokens.
     """
     standard = implied(spec)
     if not dialect.startswith("ort"):
         return standard
+    by_token = 2 * spec.depth if spec.still_references else 0
     return {
         "Attention": 0,
         "MultiHeadAttention": standard["Attention"],
         "RMSNormalization": standard["RMSNormalization"],
-        "LayerNormalization": 0,
+        "LayerNormalization": by_token,
         # A dual-attention block modulates its first norm twice.
-        ADAPTIVE: standard["LayerNormalization"] + sum(b.dual_attention for b in spec.blocks),
+        ADAPTIVE: standard["LayerNormalization"] - by_token + sum(b.dual_attention for b in spec.blocks),
         "MatMul": 0,
         "Softmax": 0,
     }

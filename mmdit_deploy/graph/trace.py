@@ -16,7 +16,6 @@ from onnx_ir.passes import common as passes
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mmdit_deploy.contract import TOKENS
 from mmdit_deploy.errors import GraphError
 from mmdit_deploy.model.calls import Kind
 
@@ -60,7 +59,7 @@ def trace(kind: Kind, dtype: torch.dtype) -> ir.Function:
         }
         # A sum of axes has no Dim of its own: where its parts are inputs too, it must equal them.
         axes = {
-            a: torch.export.Dim.DYNAMIC if a == TOKENS else torch.export.Dim(a)
+            a: torch.export.Dim.DYNAMIC if " + " in a else torch.export.Dim(a)
             for t in kind.inputs
             for a in t.axes
             if isinstance(a, str)

@@ -29,6 +29,12 @@ class Modulation(nn.Module):
         return self.proj(conditioning).unsqueeze(1)
 
 
+def by_token(modulation: Tensor, references: Tensor) -> Tensor:
+    """What modulates each token: that at timestep 0 for references. [2·B, 1, C], [N, 1] → [B, N, C]"""
+    batch = modulation.shape[0] // 2
+    return torch.where(references, modulation[batch:], modulation[:batch])
+
+
 class Stream(nn.Module):
     """The weights of one stream (image or text) in a joint block; a stream that ends has only its QKV."""
 
@@ -49,8 +55,9 @@ class JointBlock(nn.Module):
 
     forward: ``hidden_states`` [B, N, C], ``encoder_hidden_states`` [B, M, C], ``img_modulation`` [B, 1, S·C],
     ``txt_modulation`` [B, 1, S·C], and where the model has them ``cos`` and ``sin`` [T, D/2] of the tokens' angles,
-    ``attention_mask`` [B, 1, 1, T], ``residual`` [B, N, C] → the two streams; the text stream's is absent where nothing
-    reads it.
+    ``attention_mask`` [B, 1, 1, T], ``references`` [N, 1], ``residual`` [B, N, C] → the two streams; the text stream's
+    is absent where nothing reads it. With ``references`` the modulations are [2·B, 1, S·C], those of the batch and then
+    those at timestep 0.
     """
 
     def __init__(self, spec: ModelSpec, kind: BlockSpec):
@@ -69,10 +76,15 @@ class JointBlock(nn.Module):
         cos: Tensor | None = None,
         sin: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        references: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         img, txt, kind = hidden_states, encoder_hidden_states, self.kind
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *dual = img_modulation.chunk(kind.img_modulations, -1)
+        img_modulations = img_modulation.chunk(kind.img_modulations, -1)
+        if references is not None:
+            img_modulations = tuple(by_token(m, references) for m in img_modulations)
+            txt_modulation = txt_modulation[: txt.shape[0]]
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *dual = img_modulations
         if kind.text_ends:  # diffusers' AdaLayerNormContinuous stores scale first
             txt_scale, txt_shift = txt_modulation.chunk(2, -1)
         else:

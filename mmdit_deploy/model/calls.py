@@ -16,6 +16,7 @@ from mmdit_deploy.model.embeddings import (
     AttentionMask,
     Conditioning,
     ImageEmbed,
+    References,
     Residuals,
     RotaryPositions,
     TextEmbed,
@@ -108,7 +109,7 @@ def calls(spec: ModelSpec, outputs: Sequence[str] = ()) -> tuple[Call, ...]:
     return tuple(chain)
 
 
-_EVERYWHERE = ("cos", "sin", "attention_mask")  # what every block reads, where the model has it
+_EVERYWHERE = ("cos", "sin", "attention_mask", "references")  # what every block reads, where the model has it
 
 
 def _embedding(spec: ModelSpec) -> list[Call]:
@@ -129,6 +130,8 @@ def _embedding(spec: ModelSpec) -> list[Call]:
     if spec.txt_mask:
         reads = ("encoder_hidden_states_mask", "img_ids")
         chain.append(Call("attention_mask", _attention_mask(spec), reads, ("attention_mask",)))
+    if spec.still_references:
+        chain.append(Call("references", _references(spec), ("img_ids",), ("references",)))
     if spec.residuals:
         made = tuple(f"residuals.{i}" for i in range(spec.residuals))
         chain.append(Call("residuals", _residuals(spec), ("block_controlnet_hidden_states",), made))
@@ -178,11 +181,21 @@ def _angles(spec: ModelSpec) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(name, (TOKENS, spec.head_dim // 2), "float32") for name in ("cos", "sin"))
 
 
+def _conditions(spec: ModelSpec, name: str, *sizes: int) -> TensorSpec:
+    """Something that depends on the conditioning alone: a row per sample, and one at timestep 0 where there are such."""
+    return TensorSpec(name, ("batch + batch" if spec.still_references else "batch", *sizes), "compute")
+
+
+_REFERENCES = TensorSpec("references", ("img_tokens", 1), "bool")
 _MASK = TensorSpec("attention_mask", ("batch", 1, 1, TOKENS), "compute")
 
 
 def _read_everywhere(spec: ModelSpec) -> tuple[TensorSpec, ...]:
-    return (*(_angles(spec) if spec.rope_axes else ()), *((_MASK,) if spec.txt_mask else ()))
+    return (
+        *(_angles(spec) if spec.rope_axes else ()),
+        *((_MASK,) if spec.txt_mask else ()),
+        *((_REFERENCES,) if spec.still_references else ()),
+    )
 
 
 def _conditioning(spec: ModelSpec) -> Kind:
@@ -195,7 +208,7 @@ def _conditioning(spec: ModelSpec) -> Kind:
         "MMDiTConditioning",
         lambda: Conditioning(spec),
         tuple(inputs),
-        (_per_sample("conditioning", spec.cond_dim),),
+        (_conditions(spec, "conditioning", spec.cond_dim),),
     )
 
 
@@ -223,6 +236,10 @@ def _attention_mask(spec: ModelSpec) -> Kind:
     return Kind("MMDiTAttentionMask", AttentionMask, (mask, _ids(spec, "img")), (_MASK,))
 
 
+def _references(spec: ModelSpec) -> Kind:
+    return Kind("MMDiTReferences", References, (_ids(spec, "img"),), (_REFERENCES,))
+
+
 def _residuals(spec: ModelSpec) -> Kind:
     axes = (spec.residuals, "batch", "img_tokens", spec.width)
     return Kind(
@@ -237,8 +254,8 @@ def _modulation(spec: ModelSpec, tensors: int) -> Kind:
     return Kind(
         f"MMDiTModulation{tensors}",
         lambda: Modulation(spec, tensors),
-        (_per_sample("conditioning", spec.cond_dim),),
-        (_per_sample("modulation", 1, tensors * spec.width),),
+        (_conditions(spec, "conditioning", spec.cond_dim),),
+        (_conditions(spec, "modulation", 1, tensors * spec.width),),
     )
 
 
@@ -251,8 +268,8 @@ def _block(spec: ModelSpec, block: BlockSpec) -> Kind:
         (
             _img("hidden_states", spec.width),
             _txt("encoder_hidden_states", spec.width),
-            _per_sample("img_modulation", 1, block.img_modulations * spec.width),
-            _per_sample("txt_modulation", 1, block.txt_modulations * spec.width),
+            _conditions(spec, "img_modulation", 1, block.img_modulations * spec.width),
+            _conditions(spec, "txt_modulation", 1, block.txt_modulations * spec.width),
             *_read_everywhere(spec),
             *((_img("residual", spec.width),) if block.residual else ()),
         ),
@@ -266,7 +283,7 @@ def _join(spec: ModelSpec) -> Kind:
 
 
 def _single_block(spec: ModelSpec) -> Kind:
-    modulation = _per_sample("modulation", 1, SINGLE_MODULATIONS * spec.width)
+    modulation = _conditions(spec, "modulation", 1, SINGLE_MODULATIONS * spec.width)
     return Kind(
         "MMDiTSingleBlock",
         lambda: SingleBlock(spec),
@@ -284,6 +301,6 @@ def _final(spec: ModelSpec) -> Kind:
     return Kind(
         "MMDiTFinalLayer",
         lambda: FinalLayer(spec),
-        (_img("hidden_states", spec.width), _per_sample("modulation", 1, 2 * spec.width)),
+        (_img("hidden_states", spec.width), _conditions(spec, "modulation", 1, 2 * spec.width)),
         (_img("sample", spec.out_dim),),
     )

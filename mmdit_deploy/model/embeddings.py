@@ -72,7 +72,8 @@ class ScalarEmbedder(Embedder):
 class Conditioning(nn.Module):
     """The activated conditioning vector: SiLU of the sum of the embedded timestep, guidance and pooled text.
 
-    ``timestep`` [B], ``pooled_projections`` [B, C_pooled], ``guidance`` [B], where the model has them → [B, C_cond]
+    ``timestep`` [B], ``pooled_projections`` [B, C_pooled], ``guidance`` [B], where the model has them → [B, C_cond];
+    where reference tokens stay at timestep 0, [2·B, C_cond]: the batch, and then the batch at timestep 0.
 
     The SiLU is each modulation's in the paper's figure; here it is done once.
     """
@@ -82,10 +83,13 @@ class Conditioning(nn.Module):
         self.time = ScalarEmbedder(spec)
         self.guidance = ScalarEmbedder(spec) if spec.guidance else None
         self.pooled = Embedder(spec.pooled_dim, spec) if spec.pooled_dim else None
+        self.still_references = spec.still_references
 
     def forward(
         self, timestep: Tensor, pooled_projections: Tensor | None = None, guidance: Tensor | None = None
     ) -> Tensor:
+        if self.still_references:
+            timestep = torch.cat([timestep, torch.zeros_like(timestep)])
         conditioning: Tensor = self.time(timestep)
         if self.guidance is not None:
             conditioning = conditioning + self.guidance(guidance)
@@ -129,6 +133,13 @@ class AttentionMask(nn.Module):
         masked = torch.where(encoder_hidden_states_mask, 0.0, -FP16_MAX).to(torch.get_default_dtype())
         img = torch.zeros_like(img_ids[:, 0], dtype=masked.dtype).expand(masked.shape[0], -1)
         return torch.cat([img, masked], dim=-1)[:, None, None]
+
+
+class References(nn.Module):
+    """Which image tokens are those of reference images. ``img_ids`` [N, axes] → [N, 1] bool"""
+
+    def forward(self, img_ids: Tensor) -> Tensor:
+        return img_ids[:, :1] > 0
 
 
 class Residuals(nn.Module):

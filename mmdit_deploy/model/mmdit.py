@@ -19,6 +19,7 @@ from mmdit_deploy.model.embeddings import (
     AttentionMask,
     Conditioning,
     ImageEmbed,
+    References,
     Residuals,
     RotaryPositions,
     TextEmbed,
@@ -70,9 +71,14 @@ class FinalLayer(nn.Module):
     def __init__(self, spec: ModelSpec):
         super().__init__()
         self.out_channels, self.patches = spec.out_channels, spec.patch_size > 1
+        self.still_references = spec.still_references
         self.proj = nn.Linear(spec.width, spec.out_dim, bias=spec.bias)
 
     def forward(self, hidden_states: Tensor, modulation: Tensor) -> Tensor:
+        if self.still_references:
+            modulation = modulation[
+                : hidden_states.shape[0]
+            ]  # at the batch's timestep, also of references: nobody reads those
         scale, shift = modulation.chunk(2, -1)  # diffusers' AdaLayerNormContinuous stores scale first
         out: Tensor = self.proj(modulate(hidden_states, shift, scale))
         # The checkpoint's projection orders a patch (row, column, channel).
@@ -91,6 +97,7 @@ class MMDiT(nn.Module):
         self.conditioning = Conditioning(spec)
         self.positions = RotaryPositions(spec) if spec.rope_axes else None
         self.attention_mask = AttentionMask() if spec.txt_mask else None
+        self.references = References() if spec.still_references else None
         self.residuals = Residuals() if spec.residuals else None
         if spec.shared_modulation:
             self.shared_modulation = SharedModulation(spec)
@@ -153,6 +160,8 @@ class MMDiT(nn.Module):
             everywhere["cos"], everywhere["sin"] = self.positions(img_ids, txt_ids)
         if self.attention_mask is not None and encoder_hidden_states_mask is not None:
             everywhere["attention_mask"] = self.attention_mask(encoder_hidden_states_mask, img_ids)
+        if self.references is not None:
+            everywhere["references"] = self.references(img_ids)
         residuals = () if self.residuals is None else self.residuals(block_controlnet_hidden_states)
 
         features: dict[str, Tensor] = {}

@@ -75,6 +75,8 @@ class ModelSpec:
         txt_norm: RMSNorm with a learned weight on the text tokens, before their projection (Qwen-Image).
         txt_mask: which text tokens are attended to is an input (Qwen-Image).
         text_ends: the last joint block makes no text tokens (SD3).
+        still_references: tokens of reference images, those with a first position id above 0, are modulated as at timestep
+            0 (Qwen-Image-Edit-2511's ``zero_cond_t``).
         shared_modulation: one set of modulation tensors for all joint blocks, one for all single ones (FLUX.2).
         fp16_clip: in fp16, what a block returns is clipped to the finite numbers (FLUX, Qwen-Image).
         dual_attention_blocks: indices of the blocks with a second image attention (SD3.5-Medium: 0 to 12).
@@ -111,6 +113,7 @@ class ModelSpec:
     txt_norm: bool = False
     txt_mask: bool = False
     text_ends: bool = True
+    still_references: bool = False
     shared_modulation: bool = False
     fp16_clip: bool = False
     dual_attention_blocks: tuple[int, ...] = ()
@@ -187,6 +190,12 @@ class ModelSpec:
                 "single blocks read the text stream, so that it must not end before them",
                 received=f"single_depth {self.single_depth} with text_ends",
                 fix="set text_ends to False",
+            )
+        if self.still_references and (self.guidance or self.pooled_dim or self.single_depth or self.text_ends):
+            raise SpecError(
+                "reference tokens at timestep 0 are known of models with joint blocks and a timestep alone",
+                received="still_references with guidance, a pooled vector, single blocks or text_ends",
+                fix="set still_references to False",
             )
         if self.residuals > self.depth:
             raise SpecError(

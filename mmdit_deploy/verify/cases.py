@@ -53,10 +53,12 @@ def case_inputs(case: Case, contract: Contract, spec: ModelSpec) -> dict[str, Te
     """The contract's inputs for a case: standard-normal-like features, the same on any machine.
 
     Rounded to the I/O type, so that engine and reference get equal inputs. Timesteps and guidance differ over the
-    batch, and a mask has holes.
+    batch, a mask has holes, and where reference images are treated differently, the lower half is one.
     """
     sizes = {"batch": case.batch, "img_tokens": case.img_tokens, "txt_tokens": case.txt_tokens}
-    img_ids, txt_ids = position_ids(spec, [(case.rows, case.cols)], case.txt_tokens)
+    lower = case.rows // 2 if spec.still_references else 0
+    images = [(case.rows - lower, case.cols), *([(lower, case.cols)] if lower else [])]
+    img_ids, txt_ids = position_ids(spec, images, case.txt_tokens)
     order = torch.arange(case.batch)
     known = {
         "img_ids": torch.from_numpy(img_ids),

@@ -104,6 +104,19 @@ def test_an_all_in_one_file(write: Callable[..., Path]) -> None:
     assert all(torch.equal(tensor, plain[key]) for key, tensor in streamed(source).items())
 
 
+def test_comfyui_marks_the_file_of_qwen_image_edit_2511(write: Callable[..., Path]) -> None:
+    """Its parameters are those of Qwen-Image: an empty tensor says that references are modulated otherwise."""
+
+    def mark(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.diffusion_model.__index_timestep_zero__"] = torch.zeros(0)
+
+    name = "tiny-qwen-image"
+    marked = open_model(write(name, layout="diffusers", prefix=PREFIX, edit=mark))
+    assert marked.spec.still_references and not any("2511" in note for note in marked.notes)
+    plain = open_model(write(name, layout="diffusers", prefix=PREFIX))
+    assert not plain.spec.still_references and any("2511" in note for note in plain.notes)
+
+
 def test_the_config_beside_a_diffusers_file_is_read(folder: Callable[[str], Path]) -> None:
     """It says what tensors do not: here heads of 16, where there is no norm that tells."""
     path = folder("tiny")

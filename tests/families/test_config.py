@@ -43,6 +43,7 @@ PUBLISHED = {
         "joint_attention_dim": 7680,
         "guidance_embeds": False,
     },
+    "qwen-image-edit-2511": {**QWEN, "zero_cond_t": True},
     "qwen-image": {**QWEN, "num_layers": 60, "joint_attention_dim": 3584, "out_channels": 16},
 }
 
@@ -111,7 +112,7 @@ def test_refusals(changes: dict[str, Any], words: list[str]) -> None:
         ({**FLUX2, "eps": 1e-5}, ["eps", "1e-06", "1e-05"]),
         ({**FLUX2, "mlp_ratio": "3"}, ["mlp_ratio", "'3'"]),
         ({**FLUX2, "timestep_guidance_channels": 128}, ["timestep_guidance_channels", "256"]),
-        ({**QWEN, "zero_cond_t": True}, ["zero_cond_t", "True", "not supported"]),
+        ({**QWEN, "zero_cond_t": None}, ["zero_cond_t", "true or false"]),
         ({**QWEN, "use_layer3d_rope": True}, ["use_layer3d_rope", "not supported"]),
         ({**QWEN, "use_additional_t_cond": True}, ["use_additional_t_cond", "not supported"]),
     ],

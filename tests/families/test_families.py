@@ -28,6 +28,7 @@ SIZES = {
     "flux2-klein-9b": 9.079,
     "qwen-image": 20.430,
     "qwen-image-edit": 20.430,
+    "qwen-image-edit-2511": 20.430,
 }
 # Kinds of blocks that are traced, however deep the model is.
 BLOCK_KINDS = {
