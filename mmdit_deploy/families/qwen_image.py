@@ -127,7 +127,7 @@ QWEN_IMAGE = Family(
     infer_config=infer_config,
     keys=KEYS,
     buffers={STILL_REFERENCES: STILL_REFERENCES},
-    undecided="reference images are modulated as in Qwen-Image-Edit and -2509; of -2511, pass a folder with config.json",
+    undecided="reference images are modulated as in Qwen-Image-Edit and -2509; of -2511, pass the diffusers folder",
     position_ids=position_ids,
     references=True,
 )

@@ -182,7 +182,7 @@ def _angles(spec: ModelSpec) -> tuple[TensorSpec, ...]:
 
 
 def _conditions(spec: ModelSpec, name: str, *sizes: int) -> TensorSpec:
-    """Something that depends on the conditioning alone: a row per sample, and one at timestep 0 where there are such."""
+    """What depends on the conditioning alone: a row per sample, and another at timestep 0 where references have it."""
     return TensorSpec(name, ("batch + batch" if spec.still_references else "batch", *sizes), "compute")
 
 
