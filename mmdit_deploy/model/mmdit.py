@@ -76,9 +76,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, modulation: Tensor) -> Tensor:
         if self.still_references:
-            modulation = modulation[
-                : hidden_states.shape[0]
-            ]  # at the batch's timestep, also of references: nobody reads those
+            modulation = modulation[: hidden_states.shape[0]]  # the batch's own: nobody reads references any more
         scale, shift = modulation.chunk(2, -1)  # diffusers' AdaLayerNormContinuous stores scale first
         out: Tensor = self.proj(modulate(hidden_states, shift, scale))
         # The checkpoint's projection orders a patch (row, column, channel).

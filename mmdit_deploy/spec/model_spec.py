@@ -75,8 +75,8 @@ class ModelSpec:
         txt_norm: RMSNorm with a learned weight on the text tokens, before their projection (Qwen-Image).
         txt_mask: which text tokens are attended to is an input (Qwen-Image).
         text_ends: the last joint block makes no text tokens (SD3).
-        still_references: tokens of reference images, those with a first position id above 0, are modulated as at timestep
-            0 (Qwen-Image-Edit-2511's ``zero_cond_t``).
+        still_references: tokens of reference images, those with a first position id above 0, are modulated as at
+            timestep 0 (Qwen-Image-Edit-2511's ``zero_cond_t``).
         shared_modulation: one set of modulation tensors for all joint blocks, one for all single ones (FLUX.2).
         fp16_clip: in fp16, what a block returns is clipped to the finite numbers (FLUX, Qwen-Image).
         dual_attention_blocks: indices of the blocks with a second image attention (SD3.5-Medium: 0 to 12).

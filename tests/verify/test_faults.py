@@ -27,10 +27,9 @@ def test_a_healthy_engine_passes(copy_of: Callable[[str], Any], precision: str) 
 
 
 def test_a_fault_is_rejected_and_named(
-    copy_of: Callable[[str], Any], plant: Callable[[Any, str], str], fault: str, precision: str
+    planted: Callable[[str, str], tuple[Any, str]], fault: str, precision: str
 ) -> None:
-    copy = copy_of(precision)
-    first = plant(copy, fault)
+    copy, first = planted(fault, precision)
     verdict = copy.verify()
     assert not verdict.passed
     failure = verdict.first_failure
@@ -38,14 +37,9 @@ def test_a_fault_is_rejected_and_named(
 
 
 def test_a_fault_is_rejected_without_the_checkpoint(
-    copy_of: Callable[[str], Any],
-    plant: Callable[[Any, str], str],
-    replayed: Callable[[Any], Verdict],
-    fault: str,
-    precision: str,
+    planted: Callable[[str, str], tuple[Any, str]], replayed: Callable[[Any], Verdict], fault: str, precision: str
 ) -> None:
-    copy = copy_of(precision)
-    first = plant(copy, fault)
+    copy, first = planted(fault, precision)
     failure = replayed(copy).first_failure
     # a block's own error is not known without the weights: the final output tells
     expected = ("sample", "output") if first.startswith(("blocks.", "final")) else (first, "local")
