@@ -28,7 +28,7 @@ from mmdit_deploy.contract import Contract, Range
 from mmdit_deploy.export import ExportRequest, export
 from mmdit_deploy.graph.pipeline import Graphs, build_graphs
 from mmdit_deploy.graph.trace import one_operator_registry, trace
-from mmdit_deploy.model import Call, MMDiT
+from mmdit_deploy.model import Call, Kind, MMDiT
 from mmdit_deploy.spec import PRECISIONS, ModelSpec
 
 # Every axis from one up: parity is shown at the ends of what is possible, not of what is usual.
@@ -62,7 +62,6 @@ _OTHERS: dict[str, Any] = {
 }
 _QWEN_IMAGE: dict[str, Any] = {
     "family": "qwen-image",
-    "depth": 2,
     "pooled_dim": 0,
     "txt_norm": True,
     "txt_mask": True,
@@ -96,8 +95,8 @@ TINY_FAMILIES = {
         rope_theta=2000.0,
         **_OTHERS,
     ),
-    "qwen-image": ModelSpec("tiny-qwen-image", **_QWEN_IMAGE),
-    "qwen-image-edit-2511": ModelSpec("tiny-qwen-image-edit-2511", still_references=True, **_QWEN_IMAGE),
+    "qwen-image": ModelSpec("tiny-qwen-image", depth=2, **_QWEN_IMAGE),
+    "qwen-image-edit-2511": ModelSpec("tiny-qwen-image-edit-2511", depth=1, still_references=True, **_QWEN_IMAGE),
     "sd3-controlnet": dataclasses.replace(TINY, name="tiny-controlnet", depth=4, residuals=2),
 }
 
@@ -106,8 +105,8 @@ _OF_BLOCKS = (
     "num_heads", "head_dim", "mlp_ratio", "activation", "bias", "qk_norm", "txt_mask", "still_references", "fp16_clip",
     "rope_axes",
 )  # fmt: skip
-_NOT_OF_OTHERS = ("name", "family", "depth", "single_depth", "text_ends", "dual_attention_blocks", "qk_norm")
-_FUNCTIONS: dict[tuple[object, str, torch.dtype], ir.Function] = {}
+_NOT_OF_OTHERS = ("name", "family", "depth", "single_depth", "text_ends", "residuals", "dual_attention_blocks", "qk_norm")
+_FUNCTIONS: dict[tuple[object, Kind, torch.dtype], ir.Function] = {}
 _GRAPHS: dict[object, Graphs] = {}
 
 
@@ -126,7 +125,7 @@ def tiny_families() -> Mapping[str, ModelSpec]:
 def _trace_kinds(spec: ModelSpec, calls: Sequence[Call], dtype: torch.dtype) -> dict[str, ir.Function]:
     """What `trace_kinds` gives, with each function traced once per session.
 
-    What kind of block it is, its name says; its depth is none of it.
+    What a kind reads and makes says more than the spec: of what kind a block is, and how many residuals there are.
     """
     block = tuple(getattr(spec, field) for field in _OF_BLOCKS)
     other = tuple(value for field, value in dataclasses.asdict(spec).items() if field not in _NOT_OF_OTHERS)
@@ -134,8 +133,7 @@ def _trace_kinds(spec: ModelSpec, calls: Sequence[Call], dtype: torch.dtype) -> 
     with one_operator_registry():
         for call in calls:
             name = call.kind.function
-            of = block if name.endswith("Block") else other
-            key = (of, name, dtype)
+            key = (block if name.endswith("Block") else other, call.kind, dtype)
             if key not in _FUNCTIONS:
                 _FUNCTIONS[key] = trace(call.kind, dtype)
             functions[name] = _FUNCTIONS[key]

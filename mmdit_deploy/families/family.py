@@ -90,6 +90,53 @@ def blocks_of(shapes: Shapes, stack: str) -> int:
     return max(indices, default=-1) + 1
 
 
+BLOCK = "transformer_blocks.*"  # a joint block in all of diffusers' classes
+_ATTENTION = {  # projections, norms and output of each stream's part in diffusers' joint attention
+    "img": (("to_q", "to_k", "to_v"), "norm_", "to_out.0"),
+    "txt": (("add_q_proj", "add_k_proj", "add_v_proj"), "norm_added_", "to_add_out"),
+}
+
+
+def joint_attention(
+    stream: Literal["img", "txt"],
+    original: str | None = None,
+    norms: tuple[str, str] = ("", ""),
+    *,
+    scale: bool = False,
+) -> tuple[Keys, ...]:
+    """The modules of one stream in the joint attention, which diffusers calls alike in all families.
+
+    Args:
+        original: the module that holds ``qkv`` and ``proj`` in the authors' own layout.
+        norms: of Q and K, in that module.
+        scale: as in `Keys`, of the norms.
+    """
+    projections, norm, out = _ATTENTION[stream]
+
+    def stored(name: str) -> str | None:
+        return original and f"{original}.{name}"
+
+    path = f"blocks.*.{stream}"
+    return (
+        Keys(f"{path}.qkv.proj", joined(f"{BLOCK}.attn", projections), stored("qkv")),
+        Keys(f"{path}.qkv.norm_q", (f"{BLOCK}.attn.{norm}q",), stored(norms[0]), scale=scale),
+        Keys(f"{path}.qkv.norm_k", (f"{BLOCK}.attn.{norm}k",), stored(norms[1]), scale=scale),
+        Keys(f"{path}.attn_out", (f"{BLOCK}.attn.{out}",), stored("proj")),
+    )
+
+
+def mlp(
+    stream: Literal["img", "txt"], diffusers: tuple[str, str], original: tuple[str, str] | None = None
+) -> tuple[Keys, Keys]:
+    """The two layers of one stream's MLP in a joint block."""
+    up, down = original or (None, None)
+    path = f"blocks.*.{stream}.mlp"
+    return (
+        Keys(f"{path}.up", (f"{BLOCK}.{diffusers[0]}",), up),
+        Keys(f"{path}.down", (f"{BLOCK}.{diffusers[1]}",), down),
+    )
+
+
 def joined(stream: str, projections: Sequence[str]) -> tuple[str, ...]:
     """Names of projections that are joined: ``joined("a.attn", ("to_q", "to_k"))``."""
     return tuple(f"{stream}.{name}" for name in projections)

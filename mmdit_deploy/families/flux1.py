@@ -7,11 +7,22 @@ from typing import Any
 
 import numpy as np
 
-from mmdit_deploy.families.family import Family, Grid, Ids, Keys, Shapes, blocks_of, grid, joined
+from mmdit_deploy.families.family import (
+    BLOCK,
+    Family,
+    Grid,
+    Ids,
+    Keys,
+    Shapes,
+    blocks_of,
+    grid,
+    joined,
+    joint_attention,
+    mlp,
+)
 from mmdit_deploy.spec import ModelSpec
 
-_BLOCK, _SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
-_QKV, _ADDED = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
+SINGLE = "single_transformer_blocks.*"
 
 
 def embedder(path: str, diffusers: str, original: str) -> tuple[Keys, Keys]:
@@ -22,43 +33,43 @@ def embedder(path: str, diffusers: str, original: str) -> tuple[Keys, Keys]:
     )
 
 
+def streams_and_head(mlp_layers: tuple[str, str]) -> tuple[Keys, ...]:
+    """What FLUX.1 and FLUX.2 call alike: embedders of both streams, joint attentions and MLPs, single blocks, the head.
+
+    Args:
+        mlp_layers: diffusers' names of the layers of an MLP.
+    """
+    img, txt = "double_blocks.*.img", "double_blocks.*.txt"
+    norms = ("norm.query_norm", "norm.key_norm")
+    up, down = mlp_layers
+    return (
+        Keys("img_embed.proj", ("x_embedder",), "img_in"),
+        Keys("txt_embed.proj", ("context_embedder",), "txt_in"),
+        *joint_attention("img", f"{img}_attn", norms, scale=True),
+        *mlp("img", (f"ff.{up}", f"ff.{down}"), (f"{img}_mlp.0", f"{img}_mlp.2")),
+        *joint_attention("txt", f"{txt}_attn", norms, scale=True),
+        *mlp("txt", (f"ff_context.{up}", f"ff_context.{down}"), (f"{txt}_mlp.0", f"{txt}_mlp.2")),
+        Keys("single_blocks.*.norm_q", (f"{SINGLE}.attn.norm_q",), "single_blocks.*.norm.query_norm", scale=True),
+        Keys("single_blocks.*.norm_k", (f"{SINGLE}.attn.norm_k",), "single_blocks.*.norm.key_norm", scale=True),
+        Keys("final_modulation.proj", ("norm_out.linear",), "final_layer.adaLN_modulation.1", swapped="always"),
+        Keys("final.proj", ("proj_out",), "final_layer.linear"),
+    )
+
+
 KEYS = (
-    Keys("img_embed.proj", ("x_embedder",), "img_in"),
-    Keys("txt_embed.proj", ("context_embedder",), "txt_in"),
+    *streams_and_head(("net.0.proj", "net.2")),
     *embedder("conditioning.time", "time_text_embed.timestep_embedder", "time_in"),
     *embedder("conditioning.guidance", "time_text_embed.guidance_embedder", "guidance_in"),
     *embedder("conditioning.pooled", "time_text_embed.text_embedder", "vector_in"),
-    Keys("modulations.*.img.proj", (f"{_BLOCK}.norm1.linear",), "double_blocks.*.img_mod.lin"),
-    Keys("modulations.*.txt.proj", (f"{_BLOCK}.norm1_context.linear",), "double_blocks.*.txt_mod.lin"),
-    Keys("single_modulations.*.proj", (f"{_SINGLE}.norm.linear",), "single_blocks.*.modulation.lin"),
-    Keys("final_modulation.proj", ("norm_out.linear",), "final_layer.adaLN_modulation.1", swapped="always"),
-    Keys("blocks.*.img.qkv.proj", joined(f"{_BLOCK}.attn", _QKV), "double_blocks.*.img_attn.qkv"),
-    Keys("blocks.*.img.qkv.norm_q", (f"{_BLOCK}.attn.norm_q",), "double_blocks.*.img_attn.norm.query_norm", scale=True),
-    Keys("blocks.*.img.qkv.norm_k", (f"{_BLOCK}.attn.norm_k",), "double_blocks.*.img_attn.norm.key_norm", scale=True),
-    Keys("blocks.*.img.attn_out", (f"{_BLOCK}.attn.to_out.0",), "double_blocks.*.img_attn.proj"),
-    Keys("blocks.*.img.mlp.up", (f"{_BLOCK}.ff.net.0.proj",), "double_blocks.*.img_mlp.0"),
-    Keys("blocks.*.img.mlp.down", (f"{_BLOCK}.ff.net.2",), "double_blocks.*.img_mlp.2"),
-    Keys("blocks.*.txt.qkv.proj", joined(f"{_BLOCK}.attn", _ADDED), "double_blocks.*.txt_attn.qkv"),
+    Keys("modulations.*.img.proj", (f"{BLOCK}.norm1.linear",), "double_blocks.*.img_mod.lin"),
+    Keys("modulations.*.txt.proj", (f"{BLOCK}.norm1_context.linear",), "double_blocks.*.txt_mod.lin"),
+    Keys("single_modulations.*.proj", (f"{SINGLE}.norm.linear",), "single_blocks.*.modulation.lin"),
     Keys(
-        "blocks.*.txt.qkv.norm_q",
-        (f"{_BLOCK}.attn.norm_added_q",),
-        "double_blocks.*.txt_attn.norm.query_norm",
-        scale=True,
+        "single_blocks.*.proj",
+        (*joined(f"{SINGLE}.attn", ("to_q", "to_k", "to_v")), f"{SINGLE}.proj_mlp"),
+        "single_blocks.*.linear1",
     ),
-    Keys(
-        "blocks.*.txt.qkv.norm_k",
-        (f"{_BLOCK}.attn.norm_added_k",),
-        "double_blocks.*.txt_attn.norm.key_norm",
-        scale=True,
-    ),
-    Keys("blocks.*.txt.attn_out", (f"{_BLOCK}.attn.to_add_out",), "double_blocks.*.txt_attn.proj"),
-    Keys("blocks.*.txt.mlp.up", (f"{_BLOCK}.ff_context.net.0.proj",), "double_blocks.*.txt_mlp.0"),
-    Keys("blocks.*.txt.mlp.down", (f"{_BLOCK}.ff_context.net.2",), "double_blocks.*.txt_mlp.2"),
-    Keys("single_blocks.*.proj", (*joined(f"{_SINGLE}.attn", _QKV), f"{_SINGLE}.proj_mlp"), "single_blocks.*.linear1"),
-    Keys("single_blocks.*.norm_q", (f"{_SINGLE}.attn.norm_q",), "single_blocks.*.norm.query_norm", scale=True),
-    Keys("single_blocks.*.norm_k", (f"{_SINGLE}.attn.norm_k",), "single_blocks.*.norm.key_norm", scale=True),
-    Keys("single_blocks.*.out", (f"{_SINGLE}.proj_out",), "single_blocks.*.linear2"),
-    Keys("final.proj", ("proj_out",), "final_layer.linear"),
+    Keys("single_blocks.*.out", (f"{SINGLE}.proj_out",), "single_blocks.*.linear2"),
 )
 
 

@@ -7,49 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from mmdit_deploy.families.family import Family, Grid, Ids, Keys, Shapes, blocks_of, grid, joined
-from mmdit_deploy.families.flux1 import embedder
+from mmdit_deploy.families.family import Family, Grid, Ids, Keys, Shapes, blocks_of, grid
+from mmdit_deploy.families.flux1 import SINGLE, embedder, streams_and_head
 from mmdit_deploy.spec import ModelSpec
 
-_BLOCK, _SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
-_QKV, _ADDED = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
-
 KEYS = (
-    Keys("img_embed.proj", ("x_embedder",), "img_in"),
-    Keys("txt_embed.proj", ("context_embedder",), "txt_in"),
+    *streams_and_head(("linear_in", "linear_out")),
     *embedder("conditioning.time", "time_guidance_embed.timestep_embedder", "time_in"),
     *embedder("conditioning.guidance", "time_guidance_embed.guidance_embedder", "guidance_in"),
     Keys("shared_modulation.img.proj", ("double_stream_modulation_img.linear",), "double_stream_modulation_img.lin"),
     Keys("shared_modulation.txt.proj", ("double_stream_modulation_txt.linear",), "double_stream_modulation_txt.lin"),
     Keys("shared_modulation.single.proj", ("single_stream_modulation.linear",), "single_stream_modulation.lin"),
-    Keys("final_modulation.proj", ("norm_out.linear",), "final_layer.adaLN_modulation.1", swapped="always"),
-    Keys("blocks.*.img.qkv.proj", joined(f"{_BLOCK}.attn", _QKV), "double_blocks.*.img_attn.qkv"),
-    Keys("blocks.*.img.qkv.norm_q", (f"{_BLOCK}.attn.norm_q",), "double_blocks.*.img_attn.norm.query_norm", scale=True),
-    Keys("blocks.*.img.qkv.norm_k", (f"{_BLOCK}.attn.norm_k",), "double_blocks.*.img_attn.norm.key_norm", scale=True),
-    Keys("blocks.*.img.attn_out", (f"{_BLOCK}.attn.to_out.0",), "double_blocks.*.img_attn.proj"),
-    Keys("blocks.*.img.mlp.up", (f"{_BLOCK}.ff.linear_in",), "double_blocks.*.img_mlp.0"),
-    Keys("blocks.*.img.mlp.down", (f"{_BLOCK}.ff.linear_out",), "double_blocks.*.img_mlp.2"),
-    Keys("blocks.*.txt.qkv.proj", joined(f"{_BLOCK}.attn", _ADDED), "double_blocks.*.txt_attn.qkv"),
-    Keys(
-        "blocks.*.txt.qkv.norm_q",
-        (f"{_BLOCK}.attn.norm_added_q",),
-        "double_blocks.*.txt_attn.norm.query_norm",
-        scale=True,
-    ),
-    Keys(
-        "blocks.*.txt.qkv.norm_k",
-        (f"{_BLOCK}.attn.norm_added_k",),
-        "double_blocks.*.txt_attn.norm.key_norm",
-        scale=True,
-    ),
-    Keys("blocks.*.txt.attn_out", (f"{_BLOCK}.attn.to_add_out",), "double_blocks.*.txt_attn.proj"),
-    Keys("blocks.*.txt.mlp.up", (f"{_BLOCK}.ff_context.linear_in",), "double_blocks.*.txt_mlp.0"),
-    Keys("blocks.*.txt.mlp.down", (f"{_BLOCK}.ff_context.linear_out",), "double_blocks.*.txt_mlp.2"),
-    Keys("single_blocks.*.proj", (f"{_SINGLE}.attn.to_qkv_mlp_proj",), "single_blocks.*.linear1"),
-    Keys("single_blocks.*.norm_q", (f"{_SINGLE}.attn.norm_q",), "single_blocks.*.norm.query_norm", scale=True),
-    Keys("single_blocks.*.norm_k", (f"{_SINGLE}.attn.norm_k",), "single_blocks.*.norm.key_norm", scale=True),
-    Keys("single_blocks.*.out", (f"{_SINGLE}.attn.to_out",), "single_blocks.*.linear2"),
-    Keys("final.proj", ("proj_out",), "final_layer.linear"),
+    Keys("single_blocks.*.proj", (f"{SINGLE}.attn.to_qkv_mlp_proj",), "single_blocks.*.linear1"),
+    Keys("single_blocks.*.out", (f"{SINGLE}.attn.to_out",), "single_blocks.*.linear2"),
 )
 
 

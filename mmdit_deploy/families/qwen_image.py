@@ -7,12 +7,22 @@ from typing import Any
 
 import numpy as np
 
-from mmdit_deploy.families.family import Family, Grid, Ids, Keys, Shapes, blocks_of, grid, joined
+from mmdit_deploy.families.family import (
+    BLOCK,
+    Family,
+    Grid,
+    Ids,
+    Keys,
+    Shapes,
+    blocks_of,
+    grid,
+    joint_attention,
+    mlp,
+)
 from mmdit_deploy.families.flux1 import rope_axes
 from mmdit_deploy.spec import ModelSpec
 
 STILL_REFERENCES = "__index_timestep_zero__"  # an empty tensor in ComfyUI's files of Qwen-Image-Edit-2511
-_BLOCK = "transformer_blocks.*"
 
 # The authors' own layout is diffusers'.
 KEYS = (
@@ -21,21 +31,13 @@ KEYS = (
     Keys("txt_embed.proj", ("txt_in",)),
     Keys("conditioning.time.up", ("time_text_embed.timestep_embedder.linear_1",)),
     Keys("conditioning.time.down", ("time_text_embed.timestep_embedder.linear_2",)),
-    Keys("modulations.*.img.proj", (f"{_BLOCK}.img_mod.1",)),
-    Keys("modulations.*.txt.proj", (f"{_BLOCK}.txt_mod.1",)),
+    Keys("modulations.*.img.proj", (f"{BLOCK}.img_mod.1",)),
+    Keys("modulations.*.txt.proj", (f"{BLOCK}.txt_mod.1",)),
     Keys("final_modulation.proj", ("norm_out.linear",)),
-    Keys("blocks.*.img.qkv.proj", joined(f"{_BLOCK}.attn", ("to_q", "to_k", "to_v"))),
-    Keys("blocks.*.img.qkv.norm_q", (f"{_BLOCK}.attn.norm_q",)),
-    Keys("blocks.*.img.qkv.norm_k", (f"{_BLOCK}.attn.norm_k",)),
-    Keys("blocks.*.img.attn_out", (f"{_BLOCK}.attn.to_out.0",)),
-    Keys("blocks.*.img.mlp.up", (f"{_BLOCK}.img_mlp.net.0.proj",)),
-    Keys("blocks.*.img.mlp.down", (f"{_BLOCK}.img_mlp.net.2",)),
-    Keys("blocks.*.txt.qkv.proj", joined(f"{_BLOCK}.attn", ("add_q_proj", "add_k_proj", "add_v_proj"))),
-    Keys("blocks.*.txt.qkv.norm_q", (f"{_BLOCK}.attn.norm_added_q",)),
-    Keys("blocks.*.txt.qkv.norm_k", (f"{_BLOCK}.attn.norm_added_k",)),
-    Keys("blocks.*.txt.attn_out", (f"{_BLOCK}.attn.to_add_out",)),
-    Keys("blocks.*.txt.mlp.up", (f"{_BLOCK}.txt_mlp.net.0.proj",)),
-    Keys("blocks.*.txt.mlp.down", (f"{_BLOCK}.txt_mlp.net.2",)),
+    *joint_attention("img"),
+    *mlp("img", ("img_mlp.net.0.proj", "img_mlp.net.2")),
+    *joint_attention("txt"),
+    *mlp("txt", ("txt_mlp.net.0.proj", "txt_mlp.net.2")),
     Keys("final.proj", ("proj_out",)),
 )
 

@@ -9,11 +9,23 @@ from typing import Any
 import numpy as np
 
 from mmdit_deploy.errors import SpecError
-from mmdit_deploy.families.family import Family, Grid, Ids, Keys, Shapes, blocks_of, grid, joined
+from mmdit_deploy.families.family import (
+    BLOCK,
+    Family,
+    Grid,
+    Ids,
+    Keys,
+    Shapes,
+    blocks_of,
+    grid,
+    joined,
+    joint_attention,
+    mlp,
+)
 from mmdit_deploy.spec import ModelSpec
 
 POSITION_TABLE = "pos_embed.pos_embed"  # in every checkpoint; a parameter only where it differs from the formula
-_BLOCK, _X, _CONTEXT = "transformer_blocks.*", "joint_blocks.*.x_block", "joint_blocks.*.context_block"
+_X, _CONTEXT = "joint_blocks.*.x_block", "joint_blocks.*.context_block"
 
 KEYS = (
     Keys("img_embed.proj", ("pos_embed.proj",), "x_embedder.proj"),
@@ -22,34 +34,22 @@ KEYS = (
     Keys("conditioning.time.down", ("time_text_embed.timestep_embedder.linear_2",), "t_embedder.mlp.2"),
     Keys("conditioning.pooled.up", ("time_text_embed.text_embedder.linear_1",), "y_embedder.mlp.0"),
     Keys("conditioning.pooled.down", ("time_text_embed.text_embedder.linear_2",), "y_embedder.mlp.2"),
-    Keys("modulations.*.img.proj", (f"{_BLOCK}.norm1.linear",), f"{_X}.adaLN_modulation.1"),
+    Keys("modulations.*.img.proj", (f"{BLOCK}.norm1.linear",), f"{_X}.adaLN_modulation.1"),
     Keys(
         "modulations.*.txt.proj",
-        (f"{_BLOCK}.norm1_context.linear",),
+        (f"{BLOCK}.norm1_context.linear",),
         f"{_CONTEXT}.adaLN_modulation.1",
         swapped="last block",
     ),
     Keys("final_modulation.proj", ("norm_out.linear",), "final_layer.adaLN_modulation.1", swapped="always"),
-    Keys("blocks.*.img.qkv.proj", joined(f"{_BLOCK}.attn", ("to_q", "to_k", "to_v")), f"{_X}.attn.qkv"),
-    Keys("blocks.*.img.qkv.norm_q", (f"{_BLOCK}.attn.norm_q",), f"{_X}.attn.ln_q"),
-    Keys("blocks.*.img.qkv.norm_k", (f"{_BLOCK}.attn.norm_k",), f"{_X}.attn.ln_k"),
-    Keys("blocks.*.img.attn_out", (f"{_BLOCK}.attn.to_out.0",), f"{_X}.attn.proj"),
-    Keys("blocks.*.img.mlp.up", (f"{_BLOCK}.ff.net.0.proj",), f"{_X}.mlp.fc1"),
-    Keys("blocks.*.img.mlp.down", (f"{_BLOCK}.ff.net.2",), f"{_X}.mlp.fc2"),
-    Keys("blocks.*.img.qkv2.proj", joined(f"{_BLOCK}.attn2", ("to_q", "to_k", "to_v")), f"{_X}.attn2.qkv"),
-    Keys("blocks.*.img.qkv2.norm_q", (f"{_BLOCK}.attn2.norm_q",), f"{_X}.attn2.ln_q"),
-    Keys("blocks.*.img.qkv2.norm_k", (f"{_BLOCK}.attn2.norm_k",), f"{_X}.attn2.ln_k"),
-    Keys("blocks.*.img.attn2_out", (f"{_BLOCK}.attn2.to_out.0",), f"{_X}.attn2.proj"),
-    Keys(
-        "blocks.*.txt.qkv.proj",
-        joined(f"{_BLOCK}.attn", ("add_q_proj", "add_k_proj", "add_v_proj")),
-        f"{_CONTEXT}.attn.qkv",
-    ),
-    Keys("blocks.*.txt.qkv.norm_q", (f"{_BLOCK}.attn.norm_added_q",), f"{_CONTEXT}.attn.ln_q"),
-    Keys("blocks.*.txt.qkv.norm_k", (f"{_BLOCK}.attn.norm_added_k",), f"{_CONTEXT}.attn.ln_k"),
-    Keys("blocks.*.txt.attn_out", (f"{_BLOCK}.attn.to_add_out",), f"{_CONTEXT}.attn.proj"),
-    Keys("blocks.*.txt.mlp.up", (f"{_BLOCK}.ff_context.net.0.proj",), f"{_CONTEXT}.mlp.fc1"),
-    Keys("blocks.*.txt.mlp.down", (f"{_BLOCK}.ff_context.net.2",), f"{_CONTEXT}.mlp.fc2"),
+    *joint_attention("img", f"{_X}.attn", ("ln_q", "ln_k")),
+    *mlp("img", ("ff.net.0.proj", "ff.net.2"), (f"{_X}.mlp.fc1", f"{_X}.mlp.fc2")),
+    Keys("blocks.*.img.qkv2.proj", joined(f"{BLOCK}.attn2", ("to_q", "to_k", "to_v")), f"{_X}.attn2.qkv"),
+    Keys("blocks.*.img.qkv2.norm_q", (f"{BLOCK}.attn2.norm_q",), f"{_X}.attn2.ln_q"),
+    Keys("blocks.*.img.qkv2.norm_k", (f"{BLOCK}.attn2.norm_k",), f"{_X}.attn2.ln_k"),
+    Keys("blocks.*.img.attn2_out", (f"{BLOCK}.attn2.to_out.0",), f"{_X}.attn2.proj"),
+    *joint_attention("txt", f"{_CONTEXT}.attn", ("ln_q", "ln_k")),
+    *mlp("txt", ("ff_context.net.0.proj", "ff_context.net.2"), (f"{_CONTEXT}.mlp.fc1", f"{_CONTEXT}.mlp.fc2")),
     Keys("final.proj", ("proj_out",), "final_layer.linear"),
 )
 
