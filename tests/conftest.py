@@ -96,7 +96,7 @@ TINY_FAMILIES = {
         **_OTHERS,
     ),
     "qwen-image": ModelSpec("tiny-qwen-image", depth=2, **_QWEN_IMAGE),
-    "qwen-image-edit-2511": ModelSpec("tiny-qwen-image-edit-2511", depth=1, still_references=True, **_QWEN_IMAGE),
+    "qwen-image-edit-2511": ModelSpec("tiny-qwen-image-edit-2511", depth=2, still_references=True, **_QWEN_IMAGE),
     "sd3-controlnet": dataclasses.replace(TINY, name="tiny-controlnet", depth=4, residuals=2),
 }
 
@@ -105,7 +105,16 @@ _OF_BLOCKS = (
     "num_heads", "head_dim", "mlp_ratio", "activation", "bias", "qk_norm", "txt_mask", "still_references", "fp16_clip",
     "rope_axes",
 )  # fmt: skip
-_NOT_OF_OTHERS = ("name", "family", "depth", "single_depth", "text_ends", "residuals", "dual_attention_blocks", "qk_norm")
+_NOT_OF_OTHERS = (
+    "name",
+    "family",
+    "depth",
+    "single_depth",
+    "text_ends",
+    "residuals",
+    "dual_attention_blocks",
+    "qk_norm",
+)
 _FUNCTIONS: dict[tuple[object, Kind, torch.dtype], ir.Function] = {}
 _GRAPHS: dict[object, Graphs] = {}
 
@@ -118,8 +127,15 @@ def tiny_spec() -> ModelSpec:
 
 @pytest.fixture(scope="session")
 def tiny_families() -> Mapping[str, ModelSpec]:
-    """A model of each family, by name: two joint blocks, and three single ones where it has any; SD3's has residuals."""
+    """A tiny model of each family but plain SD3, by name."""
     return TINY_FAMILIES
+
+
+@pytest.fixture(scope="session", params=TINY_FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """The name of each of the tiny families in turn."""
+    name: str = request.param
+    return name
 
 
 def _trace_kinds(spec: ModelSpec, calls: Sequence[Call], dtype: torch.dtype) -> dict[str, ir.Function]:

@@ -1,18 +1,17 @@
 """The I/O contract: what goes into an engine and comes out of it, and how large it may be."""
 
-from mmdit_deploy.contract.contract import (
+from mmdit_deploy.contract.axes import (
     AXES,
     DEFAULT_RANGES,
     TOKENS,
-    Contract,
     Profile,
     Range,
-    TensorSpec,
     axis_range,
     parse_profile,
     profile_from_json,
     profile_to_json,
 )
+from mmdit_deploy.contract.contract import Contract, TensorSpec
 
 __all__ = [
     "AXES",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmdit_deploy.errors import GraphError
-from mmdit_deploy.model.calls import Kind
+from mmdit_deploy.model import Kind
 
 DOMAIN = "mmdit"
 OPSET = 23  # the first with Attention, RMSNormalization and RotaryEmbedding

@@ -10,29 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mmdit_deploy.model.layers import ACTIVATIONS, MLP, QKV, RMSNorm, attention, finite, modulate, rotate
+from mmdit_deploy.model.modulation import SINGLE_MODULATIONS, by_token
 from mmdit_deploy.spec import BlockSpec, ModelSpec
-
-SINGLE_MODULATIONS = 3  # shift, scale, gate of a single block
-
-
-class Modulation(nn.Module):
-    """The modulation tensors of one stream, from the activated conditioning vector.
-
-    [B, C_cond] → [B, 1, S·C], the S tensors side by side in the order that the block reads them.
-    """
-
-    def __init__(self, spec: ModelSpec, tensors: int):
-        super().__init__()
-        self.proj = nn.Linear(spec.cond_dim, tensors * spec.width, bias=spec.bias)
-
-    def forward(self, conditioning: Tensor) -> Tensor:
-        return self.proj(conditioning).unsqueeze(1)
-
-
-def by_token(modulation: Tensor, references: Tensor) -> Tensor:
-    """What modulates each token: that at timestep 0 for references. [2·B, 1, C], [N, 1] → [B, N, C]"""
-    batch = modulation.shape[0] // 2
-    return torch.where(references, modulation[batch:], modulation[:batch])
 
 
 class Stream(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmdit_deploy.errors import SpecError
 from mmdit_deploy.families import position_ids
-from mmdit_deploy.model.blocks import SINGLE_MODULATIONS, JointBlock, Modulation, SingleBlock
+from mmdit_deploy.model.blocks import JointBlock, SingleBlock
 from mmdit_deploy.model.embeddings import (
     AttentionMask,
     Conditioning,
@@ -24,63 +24,9 @@ from mmdit_deploy.model.embeddings import (
     RotaryPositions,
     TextEmbed,
 )
-from mmdit_deploy.model.layers import modulate
-from mmdit_deploy.spec import BlockSpec, ModelSpec
-
-
-class BlockModulation(nn.Module):
-    """The modulation tensors of both streams of one block. [B, C_cond] → [B, 1, S_img·C], [B, 1, S_txt·C]"""
-
-    def __init__(self, spec: ModelSpec, kind: BlockSpec):
-        super().__init__()
-        self.img = Modulation(spec, kind.img_modulations)
-        self.txt = Modulation(spec, kind.txt_modulations)
-
-    def forward(self, conditioning: Tensor) -> tuple[Tensor, Tensor]:
-        return self.img(conditioning), self.txt(conditioning)
-
-
-class SharedModulation(BlockModulation):
-    """The modulation tensors of all joint blocks, and of all single ones (FLUX.2)."""
-
-    def __init__(self, spec: ModelSpec):
-        super().__init__(spec, spec.blocks[0])
-        self.single = Modulation(spec, SINGLE_MODULATIONS)
-
-
-class Join(nn.Module):
-    """``img`` [B, N, C], ``txt`` [B, M, C] → [B, N + M, C]"""
-
-    def forward(self, img: Tensor, txt: Tensor) -> Tensor:
-        return torch.cat([img, txt], dim=1)
-
-
-class Split(nn.Module):
-    """The image tokens of joined ones. ``tokens`` [B, N + M, C], ``img_ids`` [N, axes] → [B, N, C]"""
-
-    def forward(self, tokens: Tensor, img_ids: Tensor) -> Tensor:
-        return tokens[:, : img_ids.shape[0]]
-
-
-class FinalLayer(nn.Module):
-    """AdaLN and the projection to velocity; patches leave in channel, row, column order, as they came.
-
-    ``hidden_states`` [B, N, C], ``modulation`` [B, 1, 2·C] → [B, N, C_out]
-    """
-
-    def __init__(self, spec: ModelSpec):
-        super().__init__()
-        self.out_channels, self.patches = spec.out_channels, spec.patch_size > 1
-        self.still_references = spec.still_references
-        self.proj = nn.Linear(spec.width, spec.out_dim, bias=spec.bias)
-
-    def forward(self, hidden_states: Tensor, modulation: Tensor) -> Tensor:
-        if self.still_references:
-            modulation = modulation[: hidden_states.shape[0]]  # the batch's own: nobody reads references any more
-        scale, shift = modulation.chunk(2, -1)  # diffusers' AdaLayerNormContinuous stores scale first
-        out: Tensor = self.proj(modulate(hidden_states, shift, scale))
-        # The checkpoint's projection orders a patch (row, column, channel).
-        return out.unflatten(-1, (-1, self.out_channels)).transpose(-1, -2).flatten(-2) if self.patches else out
+from mmdit_deploy.model.head import FinalLayer, Join, Split
+from mmdit_deploy.model.modulation import SINGLE_MODULATIONS, BlockModulation, Modulation, SharedModulation
+from mmdit_deploy.spec import ModelSpec
 
 
 class MMDiT(nn.Module):
@@ -97,13 +43,19 @@ class MMDiT(nn.Module):
         self.attention_mask = AttentionMask() if spec.txt_mask else None
         self.references = References() if spec.still_references else None
         self.residuals = Residuals() if spec.residuals else None
+        # By block; as lists, because a shared module is registered once.
+        self._modulations: list[nn.Module]
+        self._single_modulations: list[nn.Module]
         if spec.shared_modulation:
             self.shared_modulation = SharedModulation(spec)
+            self._modulations = [self.shared_modulation] * spec.depth
+            self._single_modulations = [self.shared_modulation.single] * spec.single_depth
         else:
             self.modulations = nn.ModuleList(BlockModulation(spec, kind) for kind in spec.blocks)
             self.single_modulations = nn.ModuleList(
                 Modulation(spec, SINGLE_MODULATIONS) for _ in range(spec.single_depth)
             )
+            self._modulations, self._single_modulations = list(self.modulations), list(self.single_modulations)
         self.final_modulation = Modulation(spec, 2)
         self.blocks = nn.ModuleList(JointBlock(spec, kind) for kind in spec.blocks)
         if spec.single_depth:
@@ -144,11 +96,20 @@ class MMDiT(nn.Module):
 
         Returns:
             The velocity [B, N, C_out], in the order of `hidden_states`; with `outputs`, a tuple that starts with it.
+
+        Raises:
+            SpecError: an output is none of the model's blocks, or one of the ids is missing.
         """
         for name in outputs:
             check_block(name, self.spec)
-        if img_ids is None or (self.positions is not None and txt_ids is None):
+        if img_ids is None and txt_ids is None:
             img_ids, txt_ids = self._default_ids(hidden_states, encoder_hidden_states)
+        elif img_ids is None or (self.positions is not None and txt_ids is None):
+            raise SpecError(
+                "img_ids and txt_ids say positions together",
+                received=f"{'txt_ids' if img_ids is None else 'img_ids'} alone",
+                fix="pass both, as mmdit_deploy.families.position_ids makes them, or neither",
+            )
 
         conditioning = self.conditioning(timestep, pooled_projections, guidance)
         img = self.img_embed(hidden_states, img_ids)
@@ -163,8 +124,7 @@ class MMDiT(nn.Module):
         residuals = () if self.residuals is None else self.residuals(block_controlnet_hidden_states)
 
         features: dict[str, Tensor] = {}
-        for i, block in enumerate(self.blocks):
-            modulation = self.shared_modulation if self.spec.shared_modulation else self.modulations[i]
+        for i, (modulation, block) in enumerate(zip(self._modulations, self.blocks, strict=True)):
             own = {"residual": residuals[self.spec.residual_of(i)]} if self.spec.blocks[i].residual else {}
             img, *rest = block(img, txt, *modulation(conditioning), **everywhere, **own)
             (txt,) = rest or (txt,)
@@ -172,11 +132,8 @@ class MMDiT(nn.Module):
 
         if self.spec.single_depth:
             tokens = self.join(img, txt)
-            for i, block in enumerate(self.single_blocks):
-                modulate_single = (
-                    self.shared_modulation.single if self.spec.shared_modulation else self.single_modulations[i]
-                )
-                tokens = block(tokens, modulate_single(conditioning), **everywhere)
+            for i, (modulation, block) in enumerate(zip(self._single_modulations, self.single_blocks, strict=True)):
+                tokens = block(tokens, modulation(conditioning), **everywhere)
                 features[f"single_blocks.{i}"] = tokens
             img = self.split(tokens, img_ids)
 

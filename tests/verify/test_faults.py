@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ import onnx
 import pytest
 
 from mmdit_deploy.errors import GraphError
+from mmdit_deploy.model import calls
+from mmdit_deploy.spec import ModelSpec
 from mmdit_deploy.verification import verify_bundle
 from mmdit_deploy.verify import TOLERANCES, Verdict
 
@@ -24,6 +26,15 @@ def test_a_healthy_engine_passes(copy_of: Callable[[str], Any], precision: str) 
     }  # fmt: skip
     binding = {check.level for check in verdict.checks if check.binding}
     assert binding == {"local", "output", "engine"}
+
+
+def test_a_healthy_engine_of_each_family_passes(
+    copy_of: Callable[..., Any], tiny_families: Mapping[str, ModelSpec], family: str
+) -> None:
+    verdict = copy_of("fp16", family).verify()
+    assert verdict.passed and verdict.first_failure is None
+    local = [check.name for check in verdict.checks if check.level == "local"]
+    assert local == [call.path for call in calls(tiny_families[family]) for _ in range(2)]  # in both cases
 
 
 def test_a_fault_is_rejected_and_named(
@@ -41,8 +52,9 @@ def test_a_fault_is_rejected_without_the_checkpoint(
 ) -> None:
     copy, first = planted(fault, precision)
     failure = replayed(copy).first_failure
-    # a block's own error is not known without the weights: the final output tells
-    expected = ("sample", "output") if first.startswith(("blocks.", "final")) else (first, "local")
+    # the own error of a block, and of what comes after one, is not known without the weights: the final output tells
+    later = first.startswith(("blocks.", "single_blocks.", "join", "split", "final"))
+    expected = ("sample", "output") if later else (first, "local")
     assert failure is not None
     assert failure.errors.nonfinite or (failure.name, failure.level) == expected, fault
 
@@ -80,6 +92,17 @@ def test_fp32_tells_one_gelu_from_the_other(copy_of: Callable[[str], Any]) -> No
     assert verdict.first_failure.errors.rel_l2 < TOLERANCES["fp16"].max_rel_l2
 
 
+def miswire(copy: Any, call: str, position: int, value: str) -> None:
+    """Let a call read another value, as it is between calls: where bf16 is emulated, in fp32."""
+
+    def change(model: onnx.ModelProto) -> None:
+        names = {v for node in model.graph.node for v in (*node.input, *node.output)}
+        wide = [v for v in (f"{value}.fp32", value) if v in names]
+        next(n for n in model.graph.node if n.name == call).input[position] = wide[0]
+
+    copy.edit_graph(change)
+
+
 @pytest.mark.parametrize(
     ("call", "position", "value", "message"),
     [
@@ -93,13 +116,35 @@ def test_fp32_tells_one_gelu_from_the_other(copy_of: Callable[[str], Any]) -> No
 def test_a_miswired_call_is_refused_by_name(
     copy_of: Callable[[str], Any], precision: str, call: str, position: int, value: str, message: str
 ) -> None:
-    def miswire(model: onnx.ModelProto) -> None:
-        names = {v for node in model.graph.node for v in (*node.input, *node.output)}
-        wide = [v for v in (f"{value}.fp32", value) if v in names]  # bf16 is emulated: casts between calls
-        next(n for n in model.graph.node if n.name == call).input[position] = wide[0]
-
     copy = copy_of(precision)
-    copy.edit_graph(miswire)
+    miswire(copy, call, position, value)
+    with pytest.raises(GraphError, match=message):
+        copy.verify(whole=False)
+
+
+@pytest.mark.parametrize(
+    ("of", "call", "position", "value", "message"),
+    [
+        ("flux1", "positions", 1, "img_ids", r"positions must read txt_ids, made by the caller"),
+        ("flux1", "blocks.1", 4, "sin", r"blocks\.1 must read cos, made by output 0 of positions"),
+        ("flux1", "join", 1, "blocks.0.txt", r"join must read blocks\.1\.txt"),
+        ("flux1", "single_blocks.1", 1, "single_modulations.0", r"single_blocks\.1 must read single_modulations\.1"),
+        ("flux1", "split", 0, "single_blocks.1.tokens", r"split must read single_blocks\.2\.tokens"),
+        ("flux2", "blocks.1", 2, "shared_modulation.txt", r"blocks\.1 must read shared_modulation\.img"),
+        ("flux2", "single_blocks.2", 1, "final_modulation", r"single_blocks\.2 must read shared_modulation\.single"),
+        ("qwen-image", "attention_mask", 1, "txt_ids", r"attention_mask must read img_ids"),
+        ("qwen-image", "blocks.1", 6, "cos", r"blocks\.1 must read attention_mask"),
+        ("qwen-image-edit-2511", "blocks.0", 7, "img_ids", r"blocks\.0 must read references"),
+        # Four blocks share two residuals: one further, and one less far.
+        ("sd3-controlnet", "blocks.1", 4, "residuals.1", r"blocks\.1 must read residuals\.0, made by output 0 of res"),
+        ("sd3-controlnet", "blocks.2", 4, "residuals.0", r"blocks\.2 must read residuals\.1, made by output 1 of res"),
+    ],
+)
+def test_a_miswired_call_of_a_family_is_refused_by_name(
+    copy_of: Callable[..., Any], of: str, call: str, position: int, value: str, message: str
+) -> None:
+    copy = copy_of("fp16", of)
+    miswire(copy, call, position, value)
     with pytest.raises(GraphError, match=message):
         copy.verify(whole=False)
 
