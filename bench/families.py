@@ -49,6 +49,7 @@ def build_slice(name: str) -> None:
                 "kernels": record.kernels,
                 "kernels_by_call": dict(record.segments[0].kernels_by_call),
                 "engine_bytes": record.nbytes,
+                "activation_bytes": record.activation_bytes,
                 "build_seconds": record.segments[0].seconds,
             }
         )
@@ -75,7 +76,7 @@ def measure(name: str) -> dict[str, Any]:
     engine = json.loads(built.output.splitlines()[-1])
     print(
         f"  {BLOCKS} + {BLOCKS} blocks for SM89: {sum(engine['fused_attentions'].values())} of {engine['attentions']} "
-        f"attentions fused, {engine['kernels']} kernels, {engine['build_seconds']:.0f} s, "
+        f"attentions fused, {engine['kernels']} kernels, {engine['activation_bytes'] / 1e9:.2f} GB of activations, {engine['build_seconds']:.0f} s, "
         f"peak {built.peak_bytes / 1e9:.1f} GB",
         flush=True,
     )

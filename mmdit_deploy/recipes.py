@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmdit_deploy.build import check_targets, parse_target
 from mmdit_deploy.contract import AXES, Profile, Range, parse_profile
 from mmdit_deploy.errors import UsageError
 from mmdit_deploy.families import preset

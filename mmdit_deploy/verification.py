@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
@@ -9,6 +10,7 @@ import onnx_ir as ir
 
 from mmdit_deploy.build import Target, parse_target, stepped_dialect_of
 from mmdit_deploy.bundle import Bundle, open_bundle
+from mmdit_deploy.checkpoint.same import check_same
 from mmdit_deploy.checkpoint.weights import RandomWeights, WeightSource, open_weights
 from mmdit_deploy.errors import BundleError, MachineError, MMDiTError, UsageError
 from mmdit_deploy.graph.lower import lower
@@ -31,6 +33,7 @@ def verify_bundle(
     *,
     target: str = "auto",
     checkpoint: str | Path | None = None,
+    loras: Sequence[str | Path] = (),
     full: bool = False,
     thorough: bool = False,
     whole: bool = True,
@@ -41,6 +44,7 @@ def verify_bundle(
     Args:
         target: the engine, e.g. ``ort-cpu``; ``auto`` takes what this machine can run.
         checkpoint: what the bundle was made from: every block is compared on equal inputs.
+        loras: files of LoRAs that it was made with, where they do not lie any more where they lay.
         full: the same for a bundle with random weights, which are made again from its seed.
         thorough: more and larger shapes, with `checkpoint` or `full`.
         whole: also run the whole engine in one session, where memory allows; without, one block is in memory.
@@ -53,12 +57,12 @@ def verify_bundle(
         UsageError: the checkpoint is another model's, the options contradict each other, or there is no such target.
         MachineError: the bundle lacks the engine, or it cannot run here.
     """
-    _check_options(target, checkpoint, full, thorough, whole)
+    _check_options(target, checkpoint, loras, full, thorough, whole)
     bundle = open_bundle(path)
     engine = _engine(bundle, _target(bundle, target, whole), whole)
     if checkpoint is not None or full:
         cases = default_cases(bundle.contract, thorough=thorough)
-        return verify_against_weights(engine, _source(bundle, checkpoint), cases, progress=progress)[0]
+        return verify_against_weights(engine, _source(bundle, checkpoint, loras), cases, progress=progress)[0]
     if FILE_NAME not in bundle.manifest.files:
         raise BundleError(
             f"without a checkpoint, verification needs the bundle's {FILE_NAME}",
@@ -69,13 +73,26 @@ def verify_bundle(
     return verify_against_reference(engine, origin, Reference(bundle.file(FILE_NAME)), progress=progress)
 
 
-def _check_options(target: str, checkpoint: str | Path | None, full: bool, thorough: bool, whole: bool) -> None:
+def _check_options(
+    target: str,
+    checkpoint: str | Path | None,
+    loras: Sequence[str | Path],
+    full: bool,
+    thorough: bool,
+    whole: bool,
+) -> None:
     """What the options alone decide, before the bundle or the machine is looked at."""
     if full and checkpoint is not None:
         raise UsageError(
             "the weights come from a checkpoint, or are made again from the bundle's seed",
             received="--full and --checkpoint",
             fix="drop one of them: both compare every block",
+        )
+    if loras and checkpoint is None and not full:
+        raise UsageError(
+            "--lora names what was merged into the weights: without these, nothing is compared with it",
+            received=f"--lora {loras[0]} alone",
+            fix="add --checkpoint PATH, or --full for random weights",
         )
     if thorough and checkpoint is None and not full:
         raise UsageError(
@@ -140,7 +157,7 @@ def _engine(bundle: Bundle, target: Target, whole: bool) -> EngineUnderTest:
     )
 
 
-def _source(bundle: Bundle, checkpoint: str | Path | None) -> WeightSource:
+def _source(bundle: Bundle, checkpoint: str | Path | None, loras: Sequence[str | Path]) -> WeightSource:
     weights = bundle.manifest.fields["weights"]
     if checkpoint is None:
         if not weights["random"]:
@@ -149,20 +166,16 @@ def _source(bundle: Bundle, checkpoint: str | Path | None) -> WeightSource:
                 received=f"weights from {weights['origin']}",
                 fix="--checkpoint PATH",
             )
-        return _merged(RandomWeights(weights["seed"]), bundle)
-    spec, source = open_weights(checkpoint)
-    ours, theirs = ({**s.to_json(), "name": ""} for s in (bundle.spec, spec))
-    differing = [key for key in ours if ours[key] != theirs[key]]
-    if differing:
-        raise UsageError(
-            "the checkpoint must be the one that the bundle was made from",
-            received=", ".join(f"{key} {theirs[key]}, the bundle has {ours[key]}" for key in differing),
-            fix="pass that checkpoint",
-        )
-    return _merged(source, bundle)
+        return _merged(RandomWeights(weights["seed"]), bundle, loras)
+    spec, source = open_weights(checkpoint, bundle.spec)
+    check_same(
+        spec, bundle.spec, "the checkpoint must be the one that the bundle was made from", fix="pass that checkpoint"
+    )
+    return _merged(source, bundle, loras)
 
 
-def _merged(source: WeightSource, bundle: Bundle) -> WeightSource:
+def _merged(source: WeightSource, bundle: Bundle, files: Sequence[str | Path]) -> WeightSource:
     """A source with the LoRAs that the bundle was made with."""
     records = bundle.manifest.fields["weights"].get("loras", [])  # none in bundles of earlier versions
-    return LoraWeights(source, open_recorded(records, bundle.spec)) if records else source
+    loras = open_recorded(records, bundle.spec, files)
+    return LoraWeights(source, loras) if loras else source

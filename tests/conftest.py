@@ -74,7 +74,7 @@ TINY_FAMILIES = {
         "tiny-flux1",
         family="flux1",
         depth=2,
-        single_depth=3,
+        single_depth=4,
         pooled_dim=20,
         guidance=True,
         rope_axes=(4, 14, 14),

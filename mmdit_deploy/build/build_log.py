@@ -21,6 +21,7 @@ Log = Callable[[str], None]
 _REPEATED_NAME = re.compile(r"A node named .* already exists, the output tensors of this new instance")
 # The fix of what TensorRT fails at; where the log is comes after it.
 REPORT = "export again with the versions in constraints.txt; if that does not help, report this as a bug"
+_ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+) bytes")
 _LAYERS = "Layers:\n"  # how the message with the layer list begins
 
 
@@ -30,6 +31,12 @@ class BuildLog:
     Args:
         path: the file that gets every message, in order.
         warn: gets a line for each message of warning and above, but for the repeated ones.
+
+    Attributes:
+        errors: messages of errors, of the engine that was begun last, as are the next two.
+        layers: its layer list; empty until TensorRT says it.
+        activation_bytes: memory that running it takes besides weights, at its profiles' maxima; None until it is said.
+        repeated_names: warnings about them that were kept from the user.
     """
 
     def __init__(self, path: Path, warn: Log):
@@ -38,6 +45,7 @@ class BuildLog:
         self._warned: set[str] = set()
         self.errors: list[str] = []
         self.layers = ""
+        self.activation_bytes: int | None = None
         self.repeated_names = 0
 
     def __enter__(self) -> BuildLog:
@@ -52,7 +60,7 @@ class BuildLog:
 
     def begin(self, title: str) -> None:
         """Start another engine: its errors and layers replace those of the one before."""
-        self.errors, self.layers = [], ""
+        self.errors, self.layers, self.activation_bytes = [], "", None
         self._write(f"== {title}")
 
     def note(self, text: str) -> None:
@@ -94,6 +102,8 @@ class BuildLog:
         self._write(f"[{severity}] {text}")
         if text.startswith(_LAYERS):
             self.layers += text
+        elif said := _ACTIVATIONS.search(text):
+            self.activation_bytes = int(said[1])
         if severity in ("ERROR", "INTERNAL_ERROR"):
             self.errors.append(text)
         elif severity != "WARNING":

@@ -27,11 +27,13 @@ class BuiltEngine:
 
     Args:
         layers: every layer of the engine, as TensorRT lists them.
+        activation_bytes: memory that running it takes besides weights, where TensorRT says it.
         seconds: that building took.
     """
 
     file: WrittenFile
     layers: tuple[EngineLayer, ...]
+    activation_bytes: int | None
     seconds: float
 
 
@@ -98,7 +100,7 @@ def build_engine(
         layers = parse_inspector(run_cancellable(lambda: _inspect(trt, logger, destination, log), progress))
     else:
         layers = parse_layer_list(listed)
-    return BuiltEngine(file.written, layers, time.perf_counter() - start)
+    return BuiltEngine(file.written, layers, log.activation_bytes, time.perf_counter() - start)
 
 
 def _config(trt: Any, builder: Any, flavour: Flavour, capabilities: Sequence[str]) -> Any:

@@ -25,6 +25,7 @@ from mmdit_deploy.graph.extract import extract_segment
 from mmdit_deploy.graph.lower import lower
 from mmdit_deploy.graph.lower.batched_modulation import batched_modulation
 from mmdit_deploy.graph.modulations import check_modulations
+from mmdit_deploy.graph.onnx_file import to_ir
 from mmdit_deploy.hashed_file import WrittenFile
 from mmdit_deploy.model import calls
 from mmdit_deploy.spec import ModelSpec, Precision
@@ -79,7 +80,7 @@ def build_target(
             log(f"build: {what}, {run[0]} to {run[-1]}")
             build_log.begin(what)
             segment = extract_segment(standard, run, f"{spec.name}.{i}")
-            graph = _lowered(segment, dialect_of(target, precision), run, modulating)
+            graph = _lowered(segment, folder, dialect_of(target, precision), run, modulating)
             file = f"{target.folder}/segment-{i}.engine"
             progress = BuildProgress(_reporter(what, log))
             with build_log.kept_on_failure():
@@ -128,13 +129,14 @@ def _segment_record(
         kernels_by_call=kernels_by_call(built.layers, calls),
         fused_attentions=attentions,
         seconds=built.seconds,
+        activation_bytes=built.activation_bytes,
     )
 
 
 def _lowered(
-    graph: onnx.ModelProto, dialect: str, calls: Sequence[str], modulating: Collection[str]
+    graph: onnx.ModelProto, folder: Path, dialect: str, calls: Sequence[str], modulating: Collection[str]
 ) -> onnx.ModelProto:
-    lowered, results = lower(ir.from_proto(graph), dialect)
+    lowered, results = lower(to_ir(graph, folder), dialect)
     modulations = [call for call in calls if call in modulating]
     batched = {result.name: result.count for result in results}[batched_modulation.name]
     if len(modulations) > 1 and batched != len(modulations):
@@ -182,7 +184,10 @@ def _summary(record: EngineRecord, spec: ModelSpec) -> str:
     fused = sum(record.fused_attentions.values())
     fusion = f"{fused} of {attentions} attentions fused" if fused else f"{attentions} attentions written out"
     seconds = sum(segment.seconds for segment in record.segments)
+    memory = record.activation_bytes
+    activations = "" if memory is None else f"{memory / 1e9:.2f} GB of activations, "
     profiles = f", {len(record.profiles)} profiles" if len(record.profiles) > 1 else ""
     return (
-        f"{record.target}: {record.nbytes / 1e9:.2f} GB, {record.kernels} kernels{profiles}, {fusion}, {seconds:.0f} s"
+        f"{record.target}: {record.nbytes / 1e9:.2f} GB, {record.kernels} kernels{profiles}, {fusion}, "
+        f"{activations}{seconds:.0f} s"
     )

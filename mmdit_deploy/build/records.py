@@ -22,6 +22,8 @@ class SegmentRecord:
         kernels_by_type, kernels_by_call: counted in its layer list.
         fused_attentions: fused attention kernels by block.
         seconds: that building it took.
+        activation_bytes: memory that running it takes besides weights, at the largest sizes; None where TensorRT does
+            not say.
     """
 
     file: str
@@ -33,6 +35,7 @@ class SegmentRecord:
     kernels_by_call: Mapping[str, int]
     fused_attentions: Mapping[str, int]
     seconds: float
+    activation_bytes: int | None = None
 
     @property
     def kernels(self) -> int:
@@ -52,6 +55,7 @@ class SegmentRecord:
             },
             "fused_attentions": dict(self.fused_attentions),
             "seconds": round(self.seconds, 1),
+            "activation_bytes": self.activation_bytes,
         }
 
     @staticmethod
@@ -71,6 +75,7 @@ class SegmentRecord:
             data["kernels"]["by_call"],
             data["fused_attentions"],
             data["seconds"],
+            data.get("activation_bytes"),
         )
 
 
@@ -103,6 +108,12 @@ class EngineRecord:
         return sum(s.nbytes for s in self.segments)
 
     @property
+    def activation_bytes(self) -> int | None:
+        """Memory that running it takes besides weights: of the segment that takes most."""
+        known = [s.activation_bytes for s in self.segments if s.activation_bytes is not None]
+        return max(known) if len(known) == len(self.segments) else None
+
+    @property
     def kernels(self) -> int:
         """Kernels of all segments; of several profiles, those of all together."""
         return sum(s.kernels for s in self.segments)
@@ -129,6 +140,7 @@ class EngineRecord:
             "attention": self.attention,
             "profiles": [profile_to_json(p) for p in self.profiles],
             "bytes": self.nbytes,
+            "activation_bytes": self.activation_bytes,
             "kernels": {
                 "total": self.kernels,
                 "by_type": dict(self.kernels_by_type),

@@ -10,13 +10,21 @@ from mmdit_deploy.checkpoint.safetensors_header import TensorInfo
 from mmdit_deploy.checkpoint.strict_json import quote
 
 MODEL_PREFIX = "model.diffusion_model."
-# How keys of other components begin, and what these are called. ComfyUI's supported_models.py, Stability's sgm and ldm.
+# How keys of other components begin, or what they are, and what these are called. ComfyUI's supported_models.py,
+# Stability's sgm and ldm.
 _TEXT = "text encoder"
 _OTHERS = (
     (re.compile(r"(?:first_stage_model|vae)\."), "VAE"),
     (re.compile(r"(?:text_encoders|text_encoder(?:_\d)?|cond_stage_model|conditioner(?:\.embedders)?)\."), _TEXT),
-    (re.compile(r"clip_vision(?:_model)?\."), "image encoder"),
+    (re.compile(r"(?:clip_vision(?:_model)?|image_encoder)\."), "image encoder"),
     (re.compile(r"model_ema\."), "averaged weights"),
+    (
+        re.compile(
+            r"(?:model_sampling|denoiser|edm_vpred)\.|(?:v_pred|ztsnr|betas|logvar|logit_scale|scale_factor"
+            r"|(?:sqrt_|log_one_minus_)?(?:recipm1?_|one_minus_)?alphas_cumprod(?:_prev)?|posterior_\w+)$"
+        ),
+        "noise schedule",
+    ),
 )
 
 
@@ -41,23 +49,22 @@ class Component:
 def split_components(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, str], tuple[Component, ...]]:
     """Parts a file's tensors into the transformer's and those of other components.
 
-    Where any key has the prefix ``model.diffusion_model.``, those are the transformer's and no others; else it is all
-    but those that are known to be of something else.
+    The transformer's are all but those that are known to be of something else, with the prefix
+    ``model.diffusion_model.`` or without: what is not understood is for `identify` to judge, never dropped.
 
     Args:
         tensors: all of the file, by key.
 
     Returns:
-        The file's key by the transformer's own (without the prefix), and the other components.
+        The transformer's own key (without the prefix) by the file's, and the other components.
     """
-    prefixed = any(key.startswith(MODEL_PREFIX) for key in tensors)
     model: dict[str, str] = {}
     others: dict[str, list[TensorInfo]] = {}
     for key, info in tensors.items():
         if key.startswith(MODEL_PREFIX):
-            model[key.removeprefix(MODEL_PREFIX)] = key
-        elif (name := _other(key)) or prefixed:
-            others.setdefault(name or quote(key.split(".")[0], 40), []).append(info)
+            model[key] = key.removeprefix(MODEL_PREFIX)
+        elif name := _other(key):
+            others.setdefault(name, []).append(info)
         else:
             model[key] = key
     components = (Component(name, len(infos), sum(i.nbytes for i in infos)) for name, infos in others.items())

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mmdit_deploy.checkpoint.foreign import refuse_quantized
 from mmdit_deploy.checkpoint.safetensors_file import SafetensorsFile
 from mmdit_deploy.checkpoint.safetensors_header import TensorInfo
 from mmdit_deploy.checkpoint.strict_json import quote
@@ -128,6 +129,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise lacking(folder, f"{folder} must hold config.json, which says what the architecture is")
     config = read_json_file(path)
+    refuse_quantized(config, str(path))
     name = config.get("_class_name")
     if not isinstance(name, str) or not name:
         raise CheckpointError(

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from mmdit_deploy.checkpoint.strict_json import quote
 from mmdit_deploy.errors import CheckpointError
 
 _ORIGINAL = "pass the fp16 or bf16 checkpoint that it was made from: precision is chosen at export"
 _FAMILY = "pass the file of the diffusion transformer itself"
+_QUANTIZED = "a quantized model, whose weights come with scales"
 # In this order: quantized transformers have low-rank factors too, and LoRAs and ControlNets the names of UNet blocks.
 _KINDS = (
     (
-        "a quantized model, whose weights come with scales",
+        _QUANTIZED,
         r"\.(?:scale_weight|weight_scale(?:_2)?|input_scale|scale_input|comfy_quant|qweight|qzeros|wscales|SCB)$"
         r"|\.(?:absmax|nested_absmax|quant_map|quant_state\.[\w.]+)$|(?:^|\.)scaled_fp8$",
         _ORIGINAL,
@@ -56,3 +58,23 @@ def refuse_foreign(keys: Iterable[str], rule: str) -> CheckpointError | None:
         if found:
             return CheckpointError(rule, received=f"{what}: {len(found)} keys like {quote(found[0])}", fix=fix)
     return None
+
+
+def refuse_quantized(config: Mapping[str, Any], where: str) -> None:
+    """Check that a config.json is of a model whose weights are as they were trained.
+
+    Args:
+        config: as parsed.
+        where: how to name the file in messages.
+
+    Raises:
+        CheckpointError: it says how the weights were quantized, as diffusers writes it.
+    """
+    method = config.get("quantization_config")
+    if method is not None:
+        name = method.get("quant_method") if isinstance(method, dict) else method
+        raise CheckpointError(
+            f"the weights that {where} is about must be stored in fp32, fp16 or bf16",
+            received=f"{_QUANTIZED}: quantization_config, by {quote(name, 40)}",
+            fix=_ORIGINAL,
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from mmdit_deploy.checkpoint.components import Component, split_components
@@ -43,12 +43,12 @@ def identify(tensors: Mapping[str, TensorInfo], where: str) -> Identity:
         CheckpointError: none fits, or more than one; the closest are listed, with the keys that did not fit.
     """
     model, ignored = split_components(tensors)
-    fitting = [table for table in KEY_TABLES if model and all(map(table.spelled, model))]
+    fitting = [table for table in KEY_TABLES if model and all(map(table.spelled, model.values()))]
     if len(fitting) != 1:
-        raise _unknown(model, fitting, ignored, where)
+        raise _unknown(tuple(model.values()), fitting, ignored, where)
     (table,) = fitting
     names: dict[str, str] = {}
-    for key, name in model.items():
+    for name, key in model.items():
         spelled = table.spelled(key) or key
         if spelled in names:
             raise CheckpointError(
@@ -61,7 +61,7 @@ def identify(tensors: Mapping[str, TensorInfo], where: str) -> Identity:
 
 
 def _unknown(
-    model: Mapping[str, str], fitting: list[KeyTable], ignored: tuple[Component, ...], where: str
+    model: Collection[str], fitting: list[KeyTable], ignored: tuple[Component, ...], where: str
 ) -> CheckpointError:
     titles = ", ".join(family.title for family in FAMILIES.values())
     rule = f"{where} must hold the tensors of one model of {titles}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from mmdit_deploy.checkpoint.key_tables import KeyTable
 from mmdit_deploy.errors import CheckpointError
@@ -48,11 +49,32 @@ def recognized(spec: ModelSpec, table: KeyTable) -> str:
     return f"{table.title}, by its tensors" + (f": the architecture of {' and '.join(twins)}" if twins else "")
 
 
-def assumed(spec: ModelSpec, shapes: Shapes) -> tuple[str, ...]:
-    """What tensors cannot tell of a model, and what was taken instead; most of it only of unpublished ones."""
+def undecided(spec: ModelSpec, shapes: Shapes) -> Mapping[str, str]:
+    """The fields that these tensors do not tell, and what was taken instead, in words."""
     family = family_of(spec)
     # A buffer that a file may have is there to tell what parameters do not.
-    notes = [f"assumed: {family.undecided}"] if family.undecided and not set(family.buffers) & set(shapes) else []
+    return {} if set(family.buffers) & set(shapes) else family.undecided
+
+
+def decided(spec: ModelSpec, shapes: Shapes, preset: ModelSpec) -> ModelSpec:
+    """The architecture of tensors, with what they do not tell as in a preset of the same family."""
+    if spec.family != preset.family:
+        return spec
+    return dataclasses.replace(spec, **{field: getattr(preset, field) for field in undecided(spec, shapes)})
+
+
+def assumed(spec: ModelSpec, shapes: Shapes, preset: ModelSpec | None = None) -> tuple[str, ...]:
+    """What tensors cannot tell of a model, and what was taken instead; most of it only of unpublished ones.
+
+    Args:
+        preset: that said what is undecided, if one did.
+    """
+    family = family_of(spec)
+    if preset is not None and preset.family == spec.family:
+        taken = {field: getattr(spec, field) for field in undecided(spec, shapes)}
+        notes = [f"taken from the preset {preset.name}: {field} is {value}" for field, value in taken.items()]
+    else:
+        notes = [f"assumed: {words}" for words in undecided(spec, shapes).values()]
     if _twins(spec):
         return tuple(notes)
     if spec.rope_axes and spec.head_dim not in {preset.head_dim for preset in family.presets}:

@@ -13,8 +13,9 @@ from torch import Tensor
 from mmdit_deploy.checkpoint.components import Component
 from mmdit_deploy.checkpoint.fit import Origin, check_fit, table_differs
 from mmdit_deploy.checkpoint.folder import Checkpoint, open_checkpoint
+from mmdit_deploy.checkpoint.foreign import refuse_quantized
 from mmdit_deploy.checkpoint.identify import identify
-from mmdit_deploy.checkpoint.infer import assumed, infer_spec, recognized
+from mmdit_deploy.checkpoint.infer import assumed, decided, infer_spec, recognized
 from mmdit_deploy.checkpoint.key_tables import KeyLayout, KeyTable
 from mmdit_deploy.checkpoint.keys import Parameter, Part, parameters
 from mmdit_deploy.checkpoint.original_layout import from_original, stored_parts
@@ -81,18 +82,21 @@ class StoredModel:
         return {name: self.checkpoint.tensors[name] for name in self._names.values()}
 
 
-def open_model(path: str | os.PathLike[str]) -> StoredModel:
+def open_model(path: str | os.PathLike[str], preset: ModelSpec | None = None) -> StoredModel:
     """Opens a checkpoint: a diffusers folder, or one safetensors file in any layout of a family that we know.
 
     Args:
         path: the folder or file. A folder's config.json says what the architecture is; of a file, its tensors do.
+        preset: what the model is meant to be: says what tensors do not tell. Nothing else of it is checked here.
 
     Raises:
         CheckpointError: the files are broken or of another kind, or the tensors are not those of one architecture;
             missing, extra and mis-shaped keys are listed by name.
     """
     checkpoint = open_checkpoint(path)
-    return _open_file(checkpoint) if checkpoint.config is None else _open_folder(checkpoint, checkpoint.config)
+    if checkpoint.config is None:
+        return _open_file(checkpoint, preset)
+    return _open_folder(checkpoint, checkpoint.config)
 
 
 def _open_folder(checkpoint: Checkpoint, config: Mapping[str, Any]) -> StoredModel:
@@ -100,7 +104,7 @@ def _open_folder(checkpoint: Checkpoint, config: Mapping[str, Any]) -> StoredMod
     return _fitted(checkpoint, spec, "diffusers", {key: key for key in checkpoint.tensors}, "config.json")
 
 
-def _open_file(checkpoint: Checkpoint) -> StoredModel:
+def _open_file(checkpoint: Checkpoint, preset: ModelSpec | None) -> StoredModel:
     where, name = str(checkpoint.path), model_name(checkpoint.path)
     identity = identify(checkpoint.tensors, where)
     table, names = identity.table, identity.names
@@ -108,9 +112,12 @@ def _open_file(checkpoint: Checkpoint) -> StoredModel:
     if config is None:
         shapes = {key: checkpoint.tensors[in_file].shape for key, in_file in names.items()}
         spec = infer_spec(table, shapes, where=where, name=name)
-        notes = [recognized(spec, table), *assumed(spec, shapes)]
+        if preset is not None:
+            spec = decided(spec, shapes, preset)
+        notes = [recognized(spec, table), *assumed(spec, shapes, preset)]
         model = _fitted(checkpoint, spec, table.layout, names, "tensors")
     else:
+        refuse_quantized(config, str(checkpoint.path.with_name("config.json")))
         notes = [f"{table.title}; its architecture is read from config.json beside it"]
         model = _fitted(checkpoint, spec_from_config(config, name), table.layout, names, "config.json beside")
     model.ignored = identity.ignored

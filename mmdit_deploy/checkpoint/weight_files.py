@@ -41,17 +41,27 @@ def _refuse_pickle(path: Path, received: str) -> CheckpointError:
     )
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a file is one of llama.cpp's, by its first bytes, or else by its name."""
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError:
+        magic = b""
+    return magic == b"GGUF" or path.suffix.lower() == ".gguf"
+
+
 def refuse_file(path: Path) -> CheckpointError:
     """Says why one file is not a checkpoint that we read, and what to pass instead."""
     suffix = path.suffix.lower()
-    if suffix in PICKLE_SUFFIXES:
-        return _refuse_pickle(path, f"a {suffix} file")
-    if suffix == ".gguf":
+    if is_gguf(path):  # first: whatever its name
         return CheckpointError(
             f"{path}: GGUF files are not read: their weights come quantized, in blocks that no engine runs",
-            received="a .gguf file",
+            received="a GGUF file",
             fix="pass the diffusers folder or the .safetensors file that it was made from",
         )
+    if suffix in PICKLE_SUFFIXES:
+        return _refuse_pickle(path, f"a {suffix} file")
     beside = (path.parent / "config.json").is_file()
     return CheckpointError(
         "a checkpoint must be a folder, or a .safetensors file",
@@ -78,7 +88,7 @@ def lacking(folder: Path, rule: str) -> CheckpointError:
     suffixes = {Path(name).suffix.lower() for name in names}
     if not suffixes.intersection(SAFETENSORS_SUFFIXES):
         for name in sorted(names):
-            if Path(name).suffix.lower() in (*PICKLE_SUFFIXES, ".gguf"):
+            if Path(name).suffix.lower() in PICKLE_SUFFIXES or is_gguf(folder / name):
                 return refuse_file(folder / name)
     lone = [name for name in names if Path(name).suffix.lower() in SAFETENSORS_SUFFIXES]
     fix = f"pass the file itself: {folder / lone[0]}" if len(lone) == 1 else PASS_CHECKPOINT

@@ -82,12 +82,16 @@ def stream_parts(spec: ModelSpec, source: WeightSource, dtype: torch.dtype) -> I
             yield part.key, convert(source.part(part), dtype, part.key)
 
 
-def open_weights(path: str | Path) -> tuple[ModelSpec, StoredModel]:
+def open_weights(path: str | Path, preset: ModelSpec | None = None) -> tuple[ModelSpec, StoredModel]:
     """The spec and the weights of a checkpoint: a diffusers folder, or one safetensors file in any known layout.
+
+    Args:
+        path: the folder or file.
+        preset: what the model is meant to be: says what a file's tensors do not tell. See `check_same` for the rest.
 
     Raises:
         CheckpointError: the files are broken, or the tensors do not fit the config, or no one family; missing, extra
             and mis-shaped keys are listed by name.
     """
-    model = open_model(path)
+    model = open_model(path, preset)
     return model.spec, model

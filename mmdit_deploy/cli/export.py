@@ -190,4 +190,4 @@ def _request(args: argparse.Namespace) -> ExportRequest:
 def _segments(text: str) -> int | None:
     from mmdit_deploy.cli.model_choice import whole_number
 
-    return None if text == "auto" else whole_number("--segments", text, "a number or auto")
+    return None if text == "auto" else whole_number("--segments", text, "a whole number or auto")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdit_deploy.checkpoint.folder import download_command
+from mmdit_deploy.checkpoint.same import check_same
 from mmdit_deploy.checkpoint.weights import RandomWeights, WeightSource, open_weights
 from mmdit_deploy.errors import UsageError
 from mmdit_deploy.families import preset, with_residuals
@@ -25,7 +26,8 @@ def choose_model(args: argparse.Namespace, recipe: Recipe | None) -> Choice:
     """
     spec, source, notes = _checkpoint_or_random(args, recipe)
     if args.controlnet is not None:
-        spec = with_residuals(spec, whole_number("--controlnet", args.controlnet))
+        with_residuals(spec, 1)  # first of all, does the family take any?
+        spec = with_residuals(spec, whole_number("--controlnet", args.controlnet, f"a whole number, 1 to {spec.depth}"))
     return spec, source, notes
 
 
@@ -51,9 +53,16 @@ def _checkpoint_or_random(args: argparse.Namespace, recipe: Recipe | None) -> Ch
                 received=f"CHECKPOINT and --seed {args.seed}",
                 fix="drop --seed, or drop the checkpoint",
             )
-        spec, source = open_weights(checkpoint)
-        if name is not None:
-            _check_same(spec, preset(name))
+        expected = preset(name) if name is not None else None
+        spec, source = open_weights(checkpoint, expected)
+        if expected is not None:
+            check_same(
+                spec,
+                expected,
+                f"the checkpoint must be a {expected.name}, as the recipe or preset says",
+                fix="export it without --recipe or --preset",
+                besides=("pos_table",),  # the preset's is the formula's; a checkpoint may have its own
+            )
         return spec, source, source.notes
     if args.depth is not None:
         return from_depth(_depth(args.depth)), RandomWeights(args.seed or 0), ()
@@ -66,17 +75,17 @@ def _checkpoint_or_random(args: argparse.Namespace, recipe: Recipe | None) -> Ch
     )
 
 
-def whole_number(option: str, text: str, what: str = "a number") -> int:
-    """The number that an option was given.
+def whole_number(option: str, text: str, what: str) -> int:
+    """The number that an option was given; whether it is in range is not looked at.
 
     Args:
-        what: what else it may be, for the message.
+        what: what the option is, for the message.
 
     Raises:
-        UsageError: it is no number of at most five digits.
+        UsageError: it is no whole number of at most five digits.
     """
     if not (text.isascii() and text.isdecimal() and len(text) < 6):
-        raise UsageError(f"{option} is {what}", received=ascii(text)[:40], fix=f"e.g. {option} 4")
+        raise UsageError(f"{option} is {what}", received=ascii(text)[:40], fix=f"e.g. {option} 1")
     return int(text)
 
 
@@ -86,15 +95,3 @@ def _depth(text: str) -> Any:
         return int(text)
     except ValueError:  # no number, or one of more digits than Python reads
         return text[:20]
-
-
-def _check_same(spec: ModelSpec, expected: ModelSpec) -> None:
-    """A checkpoint given together with a preset or recipe must be of that architecture."""
-    ours, theirs = spec.to_json(), expected.to_json()
-    differing = [k for k in ours if k not in ("name", "pos_table") and ours[k] != theirs[k]]
-    if differing:
-        raise UsageError(
-            f"the checkpoint must be a {expected.name}, as the recipe or preset says",
-            received=", ".join(f"{k} {ours[k]}, expected {theirs[k]}" for k in differing),
-            fix="export it without --recipe or --preset",
-        )

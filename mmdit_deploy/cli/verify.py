@@ -21,6 +21,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--engine", metavar="TARGET", help="e.g. ort-cpu (default: what this machine can run)")
     p.add_argument("--checkpoint", metavar="PATH", help="the checkpoint it was made from: compare every block")
     p.add_argument(
+        "--lora",
+        action="append",
+        metavar="FILE",
+        help="a LoRA that it was made with, where it was moved since (with --checkpoint or --full); may repeat",
+    )
+    p.add_argument(
         "--full",
         action="store_true",
         help="compare every block of a bundle with random weights, made again from its seed",
@@ -52,6 +58,7 @@ def _work(args: argparse.Namespace) -> int:
         args.bundle,
         target=args.engine or "auto",
         checkpoint=args.checkpoint,
+        loras=args.lora or (),
         full=args.full,
         thorough=args.thorough,
         whole=not args.blocks_only,

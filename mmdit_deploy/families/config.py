@@ -31,7 +31,7 @@ def spec_from_config(config: Mapping[str, Any], name: str, families: Sequence[Fa
             received=repr(class_name),
             fix="pass the transformer folder of a checkpoint of " + ", ".join(f.title for f in families),
         )
-    fields = {key: value for key, value in config.items() if not key.startswith("_")}
+    fields = {k: v for k, v in config.items() if not k.startswith("_") and k not in family.config_ignored}
     unknown = sorted(set(fields) - set(family.config_defaults))
     if unknown:
         raise CheckpointError(
@@ -67,7 +67,7 @@ def _check_field(key: str, value: Any, default: Any, family: Family) -> None:
     elif isinstance(default, float):
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise CheckpointError(f"{key} is a positive number", received=repr(value), fix=_REPAIR)
-    elif value is None and (default is None or key == "out_channels"):
+    elif value is None and (default is None or key in family.config_nullable):
         pass
     elif type(value) is not int or value < 1:
         raise CheckpointError(f"{key} is a whole number of at least 1", received=repr(value), fix=_REPAIR)

@@ -51,10 +51,13 @@ class Family:
         config_class: ``_class_name`` of its diffusers config.
         config_defaults: every field of the class's constructor, with its default.
         config_choices: the values that a field may have, where we know only some.
+        config_nullable: fields that may be null though their default is not: diffusers' classes take as many
+            out_channels as in_channels then.
+        config_ignored: fields of published configs that the class does not read, and why.
         spec_fields: what a config with all fields says about the spec.
         infer_config: what the tensors say about the config: fields that they do not decide are as published.
         keys: every module that the family's models may have.
-        undecided: what tensors do not tell at all, and what is taken instead.
+        undecided: fields of the spec that tensors do not tell, but a buffer or config.json; what is taken, in words.
         buffers: keys that its checkpoints hold besides parameters; diffusers' key to the original's.
         patch_convolution: the image projection is stored as a convolution over the patch.
         position_ids: ids of the tokens of images (the one that is made, then references) and text.
@@ -73,8 +76,10 @@ class Family:
     position_ids: Callable[[Sequence[Grid], int], Ids]
     buffers: Mapping[str, str] = field(default_factory=dict)
     patch_convolution: bool = False
-    undecided: str = ""
+    undecided: Mapping[str, str] = field(default_factory=dict)
     config_choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    config_nullable: tuple[str, ...] = ("out_channels",)
+    config_ignored: Mapping[str, str] = field(default_factory=dict)
     references: bool = False
     controlnet: bool = False
 
@@ -140,3 +145,12 @@ def mlp(
 def joined(stream: str, projections: Sequence[str]) -> tuple[str, ...]:
     """Names of projections that are joined: ``joined("a.attn", ("to_q", "to_k"))``."""
     return tuple(f"{stream}.{name}" for name in projections)
+
+
+def rope_axes(head_dim: int) -> tuple[int, int, int]:
+    """An eighth of a head for the image's index, the rest in halves for rows and columns: 16, 56, 56 of 128.
+
+    Channels turn in pairs, so that of small heads the first axis takes more: a multiple of 4.
+    """
+    first = max(4, head_dim // 32 * 4)
+    return first, (head_dim - first) // 2, (head_dim - first) // 2

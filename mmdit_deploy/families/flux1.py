@@ -7,54 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from mmdit_deploy.families.family import (
-    BLOCK,
-    Family,
-    Grid,
-    Ids,
-    Keys,
-    Shapes,
-    blocks_of,
-    grid,
-    joined,
-    joint_attention,
-    mlp,
-)
+from mmdit_deploy.families.family import BLOCK, Family, Grid, Ids, Keys, Shapes, blocks_of, grid, joined, rope_axes
+from mmdit_deploy.families.flux import SINGLE, embedder, streams_and_head
 from mmdit_deploy.spec import ModelSpec
-
-SINGLE = "single_transformer_blocks.*"
-
-
-def embedder(path: str, diffusers: str, original: str) -> tuple[Keys, Keys]:
-    """The two layers of an embedder of the timestep, the guidance or the pooled text."""
-    return (
-        Keys(f"{path}.up", (f"{diffusers}.linear_1",), f"{original}.in_layer"),
-        Keys(f"{path}.down", (f"{diffusers}.linear_2",), f"{original}.out_layer"),
-    )
-
-
-def streams_and_head(mlp_layers: tuple[str, str]) -> tuple[Keys, ...]:
-    """What FLUX.1 and FLUX.2 call alike: embedders of both streams, joint attentions and MLPs, single blocks, the head.
-
-    Args:
-        mlp_layers: diffusers' names of the layers of an MLP.
-    """
-    img, txt = "double_blocks.*.img", "double_blocks.*.txt"
-    norms = ("norm.query_norm", "norm.key_norm")
-    up, down = mlp_layers
-    return (
-        Keys("img_embed.proj", ("x_embedder",), "img_in"),
-        Keys("txt_embed.proj", ("context_embedder",), "txt_in"),
-        *joint_attention("img", f"{img}_attn", norms, scale=True),
-        *mlp("img", (f"ff.{up}", f"ff.{down}"), (f"{img}_mlp.0", f"{img}_mlp.2")),
-        *joint_attention("txt", f"{txt}_attn", norms, scale=True),
-        *mlp("txt", (f"ff_context.{up}", f"ff_context.{down}"), (f"{txt}_mlp.0", f"{txt}_mlp.2")),
-        Keys("single_blocks.*.norm_q", (f"{SINGLE}.attn.norm_q",), "single_blocks.*.norm.query_norm", scale=True),
-        Keys("single_blocks.*.norm_k", (f"{SINGLE}.attn.norm_k",), "single_blocks.*.norm.key_norm", scale=True),
-        Keys("final_modulation.proj", ("norm_out.linear",), "final_layer.adaLN_modulation.1", swapped="always"),
-        Keys("final.proj", ("proj_out",), "final_layer.linear"),
-    )
-
 
 KEYS = (
     *streams_and_head(("net.0.proj", "net.2")),
@@ -111,15 +66,6 @@ def infer_config(shapes: Shapes) -> dict[str, Any]:
         guidance_embeds="time_text_embed.guidance_embedder.linear_1.weight" in shapes,
         axes_dims_rope=rope_axes(head_dim),
     )
-
-
-def rope_axes(head_dim: int) -> tuple[int, int, int]:
-    """An eighth of a head for the image's index, the rest in halves for rows and columns: 16, 56, 56 of 128.
-
-    Channels turn in pairs, so that of small heads the first axis takes more: a multiple of 4.
-    """
-    first = max(4, head_dim // 32 * 4)
-    return first, (head_dim - first) // 2, (head_dim - first) // 2
 
 
 def position_ids(images: Sequence[Grid], txt_tokens: int) -> Ids:

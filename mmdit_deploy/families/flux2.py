@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mmdit_deploy.families.family import Family, Grid, Ids, Keys, Shapes, blocks_of, grid
-from mmdit_deploy.families.flux1 import SINGLE, embedder, streams_and_head
+from mmdit_deploy.families.flux import SINGLE, embedder, streams_and_head
 from mmdit_deploy.spec import ModelSpec
 
 KEYS = (

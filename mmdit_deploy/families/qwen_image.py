@@ -18,8 +18,8 @@ from mmdit_deploy.families.family import (
     grid,
     joint_attention,
     mlp,
+    rope_axes,
 )
-from mmdit_deploy.families.flux1 import rope_axes
 from mmdit_deploy.spec import ModelSpec
 
 STILL_REFERENCES = "__index_timestep_zero__"  # an empty tensor in ComfyUI's files of Qwen-Image-Edit-2511
@@ -125,11 +125,15 @@ QWEN_IMAGE = Family(
         "use_additional_t_cond": (False,),
         "use_layer3d_rope": (False,),
     },
+    config_ignored={"pooled_projection_dim": "Qwen-Image's config.json has it; diffusers 0.35 dropped it, unused"},
     spec_fields=spec_fields,
     infer_config=infer_config,
     keys=KEYS,
     buffers={STILL_REFERENCES: STILL_REFERENCES},
-    undecided="reference images are modulated as in Qwen-Image-Edit and -2509; of -2511, pass the diffusers folder",
+    undecided={
+        "still_references": "reference images are modulated as in Qwen-Image-Edit and -2509; of -2511, add --preset "
+        "qwen-image-edit-2511, or pass the diffusers folder"
+    },
     position_ids=position_ids,
     references=True,
 )

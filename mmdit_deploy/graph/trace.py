@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import re
 import warnings
 from collections.abc import Iterator
 from unittest import mock
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmdit_deploy.errors import GraphError
+from mmdit_deploy.graph.axis_names import name_axes
 from mmdit_deploy.model import Kind
 
 DOMAIN = "mmdit"
@@ -87,7 +87,7 @@ def _as_function(kind: Kind, model: ir.Model, weight_names: list[str]) -> ir.Fun
             received=str([v.name for v in graph.inputs]),
             fix="report this as a bug",
         )
-    _name_axes(kind, graph)
+    name_axes(graph, kind.inputs)
     for value, name in zip(graph.inputs, names, strict=True):
         value.name = name
     for value, tensor in zip(graph.outputs, kind.outputs, strict=True):
@@ -97,24 +97,6 @@ def _as_function(kind: Kind, model: ir.Model, weight_names: list[str]) -> ir.Fun
     passes.RemoveUnusedNodesPass()(model)
     passes.ClearMetadataAndDocStringPass()(model)  # stack traces of the exporter: most of the file's size
     return ir.Function(DOMAIN, kind.function, graph=graph, attributes=[])
-
-
-def _name_axes(kind: Kind, graph: ir.Graph) -> None:
-    """Replace the tracer's symbols (``s12 + s21``) with the contract's (``txt_tokens + img_tokens``)."""
-    symbols: dict[str, str] = {}
-    for value, tensor in zip(graph.inputs, kind.inputs, strict=False):
-        for dim, axis in zip(value.shape or (), tensor.axes, strict=True):
-            if isinstance(axis, str):
-                symbols[str(dim)] = axis
-
-    def renamed(dim: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
-        if isinstance(dim, int):
-            return dim
-        return ir.SymbolicDim(re.sub(r"[A-Za-z_]\w*", lambda m: symbols.get(m[0], m[0]), str(dim)))
-
-    for value in [*graph.inputs, *(out for node in graph for out in node.outputs)]:
-        if value.shape is not None:
-            value.shape = ir.Shape([renamed(d) for d in value.shape])
 
 
 def _initializers_to_constants(graph: ir.Graph) -> None:

@@ -22,10 +22,10 @@ def parse_lora(text: str) -> tuple[Path, float]:
         The path and the scale, 1 where none is given; whether there is such a file is not looked at.
 
     Raises:
-        UsageError: what follows the last colon is no finite number.
+        UsageError: there is no file, or what follows the last colon is no finite number.
     """
     file, colon, scale = text.rpartition(":")
-    if not colon or Path(text).exists():
+    if text and (not colon or Path(text).exists()):
         return Path(text), 1.0
     value = float(scale) if _NUMBER.fullmatch(scale) else math.nan
     if not file or not math.isfinite(value):

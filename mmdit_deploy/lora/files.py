@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from mmdit_deploy.checkpoint.strict_json import quote
-from mmdit_deploy.checkpoint.weight_files import PICKLE_SUFFIXES, SAFETENSORS_SUFFIXES, name_some, refuse_file
+from mmdit_deploy.checkpoint.weight_files import PICKLE_SUFFIXES, SAFETENSORS_SUFFIXES, is_gguf, name_some, refuse_file
 from mmdit_deploy.errors import CheckpointError
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -25,12 +26,18 @@ def find_lora(path: Path) -> tuple[Path, Path | None]:
         return _in_folder(path)
     if not path.exists():
         raise CheckpointError(_RULE, received=f"no such path: {quote(str(path))}", fix="check the path")
-    if path.suffix.lower() in PICKLE_SUFFIXES:
+    if path.suffix.lower() in PICKLE_SUFFIXES or is_gguf(path):
         raise refuse_file(path)
     if path.suffix.lower() not in SAFETENSORS_SUFFIXES:
         raise CheckpointError(_RULE, received=f"the file {path}", fix="save the LoRA as safetensors")
     config = path.parent / PEFT_CONFIG
     return path, config if path.name == PEFT_WEIGHTS and config.is_file() else None
+
+
+def sha256_of(weights: Path) -> str:
+    """Of the whole file, in lower-case hex."""
+    with weights.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _in_folder(folder: Path) -> tuple[Path, Path | None]:

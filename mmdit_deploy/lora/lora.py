@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from mmdit_deploy.checkpoint.weight_files import name_some, read_json_file
 from mmdit_deploy.errors import CheckpointError, UsageError
 from mmdit_deploy.lora.alpha import config_in_metadata, read_config
 from mmdit_deploy.lora.delta import Delta
-from mmdit_deploy.lora.files import find_lora
+from mmdit_deploy.lora.files import find_lora, sha256_of
 from mmdit_deploy.lora.keys import Role, is_text_encoder, refuse_variants, split_key
 from mmdit_deploy.lora.modules import Module, read_module
 from mmdit_deploy.lora.targets import Target, resolve, targets
@@ -73,6 +72,7 @@ class Lora:
         """What a bundle's manifest says about it."""
         return {
             "file": str(self.path),
+            "resolved": str(self.path.resolve()),
             "sha256": self.sha256,
             "scale": self.scale,
             "ranks": list(self.ranks),
@@ -118,9 +118,7 @@ def open_lora(path: str | Path, spec: ModelSpec, scale: float = 1.0) -> Lora:
     config = stored or config_in_metadata(file)
     modules = {name: read_module(name, roles, target, file, config) for name, (target, roles) in found.items()}
     _check_apart(modules, file)
-    with weights.open("rb") as opened:
-        sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
-    return Lora(Path(path), sha256, scale, modules, ignored)
+    return Lora(Path(path), sha256_of(weights), scale, modules, ignored)
 
 
 def _modules(

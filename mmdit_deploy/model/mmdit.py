@@ -7,7 +7,7 @@ Shapes: B batch, N image tokens, M text tokens, C width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -43,19 +43,11 @@ class MMDiT(nn.Module):
         self.attention_mask = AttentionMask() if spec.txt_mask else None
         self.references = References() if spec.still_references else None
         self.residuals = Residuals() if spec.residuals else None
-        # By block; as lists, because a shared module is registered once.
-        self._modulations: list[nn.Module]
-        self._single_modulations: list[nn.Module]
-        if spec.shared_modulation:
-            self.shared_modulation = SharedModulation(spec)
-            self._modulations = [self.shared_modulation] * spec.depth
-            self._single_modulations = [self.shared_modulation.single] * spec.single_depth
-        else:
-            self.modulations = nn.ModuleList(BlockModulation(spec, kind) for kind in spec.blocks)
-            self.single_modulations = nn.ModuleList(
-                Modulation(spec, SINGLE_MODULATIONS) for _ in range(spec.single_depth)
-            )
-            self._modulations, self._single_modulations = list(self.modulations), list(self.single_modulations)
+        self.shared_modulation = SharedModulation(spec) if spec.shared_modulation else None
+        own = () if spec.shared_modulation else spec.blocks
+        self.modulations = nn.ModuleList(BlockModulation(spec, kind) for kind in own)
+        own_single = 0 if spec.shared_modulation else spec.single_depth
+        self.single_modulations = nn.ModuleList(Modulation(spec, SINGLE_MODULATIONS) for _ in range(own_single))
         self.final_modulation = Modulation(spec, 2)
         self.blocks = nn.ModuleList(JointBlock(spec, kind) for kind in spec.blocks)
         if spec.single_depth:
@@ -98,7 +90,7 @@ class MMDiT(nn.Module):
             The velocity [B, N, C_out], in the order of `hidden_states`; with `outputs`, a tuple that starts with it.
 
         Raises:
-            SpecError: an output is none of the model's blocks, or one of the ids is missing.
+            SpecError: an output is none of the model's blocks, or an input that the model reads is missing.
         """
         for name in outputs:
             check_block(name, self.spec)
@@ -110,6 +102,15 @@ class MMDiT(nn.Module):
                 received=f"{'txt_ids' if img_ids is None else 'img_ids'} alone",
                 fix="pass both, as mmdit_deploy.families.position_ids makes them, or neither",
             )
+
+        self._check_inputs(
+            {
+                "pooled_projections": pooled_projections,
+                "guidance": guidance,
+                "encoder_hidden_states_mask": encoder_hidden_states_mask,
+                "block_controlnet_hidden_states": block_controlnet_hidden_states,
+            }
+        )
 
         conditioning = self.conditioning(timestep, pooled_projections, guidance)
         img = self.img_embed(hidden_states, img_ids)
@@ -124,21 +125,52 @@ class MMDiT(nn.Module):
         residuals = () if self.residuals is None else self.residuals(block_controlnet_hidden_states)
 
         features: dict[str, Tensor] = {}
-        for i, (modulation, block) in enumerate(zip(self._modulations, self.blocks, strict=True)):
+        modulations, single_modulations = self._modulate(conditioning)
+        for i, (modulation, block) in enumerate(zip(modulations, self.blocks, strict=True)):
             own = {"residual": residuals[self.spec.residual_of(i)]} if self.spec.blocks[i].residual else {}
-            img, *rest = block(img, txt, *modulation(conditioning), **everywhere, **own)
+            img, *rest = block(img, txt, *modulation, **everywhere, **own)
             (txt,) = rest or (txt,)
             features[f"blocks.{i}"] = img
 
         if self.spec.single_depth:
             tokens = self.join(img, txt)
-            for i, (modulation, block) in enumerate(zip(self._single_modulations, self.single_blocks, strict=True)):
-                tokens = block(tokens, modulation(conditioning), **everywhere)
+            for i, (modulation, block) in enumerate(zip(single_modulations, self.single_blocks, strict=True)):
+                tokens = block(tokens, *modulation, **everywhere)
                 features[f"single_blocks.{i}"] = tokens
             img = self.split(tokens, img_ids)
 
         sample: Tensor = self.final(img, self.final_modulation(conditioning))
         return (sample, *(features[name] for name in outputs)) if outputs else sample
+
+    def _modulate(self, conditioning: Tensor) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
+        """The modulation tensors of each joint block, and of each single one; shared ones are made once."""
+        if self.shared_modulation is not None:
+            joint, single = self.shared_modulation(conditioning), self.shared_modulation.single(conditioning)
+            return [joint] * self.spec.depth, [(single,)] * self.spec.single_depth
+        return [m(conditioning) for m in self.modulations], [(m(conditioning),) for m in self.single_modulations]
+
+    def _check_inputs(self, given: Mapping[str, Tensor | None]) -> None:
+        """What a model of this spec reads is there.
+
+        Raises:
+            SpecError: it is not.
+        """
+        spec = self.spec
+        needed = {
+            "pooled_projections": bool(spec.pooled_dim),
+            "guidance": spec.guidance,
+            "block_controlnet_hidden_states": bool(spec.residuals),
+        }
+        missing = [name for name, reads in needed.items() if reads and given[name] is None]
+        if missing:
+            raise SpecError(f"{spec.name} reads {', '.join(missing)}", received="None", fix="pass it")
+        mask = given["encoder_hidden_states_mask"]
+        if mask is not None and mask.dtype != torch.bool:
+            raise SpecError(
+                "encoder_hidden_states_mask is bool: True where a token counts",
+                received=str(mask.dtype).removeprefix("torch."),
+                fix="mask.bool()",
+            )
 
     def _default_ids(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Ids of the row-major grid that is nearest to a square."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -261,6 +262,21 @@ class ModelSpec:
     def residual_of(self, block: int) -> int:
         """Which of the stacked residuals a joint block takes (diffusers SD3Transformer2DModel.forward)."""
         return int(block / (self.depth / self.residuals))
+
+    def differences(self, other: ModelSpec, *, besides: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:
+        """In what the checkpoints of two architectures differ: nothing where one may stand for the other.
+
+        The name, and a ControlNet's residuals, are the export's own.
+
+        Args:
+            besides: fields that may differ too.
+
+        Returns:
+            Our value and the other's, by field.
+        """
+        ours, theirs = self.to_json(), other.to_json()
+        free = {"name", "residuals", *besides}
+        return {key: (ours[key], theirs[key]) for key in ours if key not in free and ours[key] != theirs[key]}
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

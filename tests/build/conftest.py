@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,20 @@ from typing import Any
 import onnx
 import pytest
 
-from mmdit_deploy.build import RTX
+from mmdit_deploy.build import RTX, EngineRecord, parse_target
 from mmdit_deploy.build.build_log import BuildLog
 from mmdit_deploy.build.engine_builder import build_engine
+from mmdit_deploy.build.engines import build_target
 from mmdit_deploy.build.gate import check_fusion
 from mmdit_deploy.build.layers import EngineLayer
+from mmdit_deploy.build.layers_file import FILE_NAME as LAYERS_FILE
+from mmdit_deploy.build.layers_file import read_layers
 from mmdit_deploy.checkpoint.weights import RandomWeights
-from mmdit_deploy.contract import Profile, Range
+from mmdit_deploy.contract import Contract, Profile, Range
 from mmdit_deploy.errors import GraphError
 from mmdit_deploy.graph.census import implied_by_call
-from mmdit_deploy.spec import ModelSpec
+from mmdit_deploy.model import calls
+from mmdit_deploy.spec import PRECISIONS, ModelSpec
 
 # A minimum of one token changes the plan (one image token alone cannot even be built in bf16).
 RANGES: Profile = {"batch": Range(1, 2, 8), "img_tokens": Range(4, 64, 1024), "txt_tokens": Range(2, 16, 256)}
@@ -78,6 +83,32 @@ def build_layers(tensorrt_rtx: Any, tmp_path_factory: pytest.TempPathFactory) ->
                 fused_attention=not decomposable,
             )
         return built.layers
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def build_family(
+    tensorrt_rtx: Any,
+    tiny_families: Mapping[str, ModelSpec],
+    saved_graph: Callable[[ModelSpec, str], tuple[onnx.ModelProto, Path]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., tuple[EngineRecord, tuple[EngineLayer, ...]]]:
+    """Builds a tiny family's engine for SM89 as an export does, gate and all: ``build_family("flux1", "fp16")``.
+
+    Gives the record, and the layers as they are in ``layers.json``.
+    """
+
+    def build(family: str, precision: str = "fp16") -> tuple[EngineRecord, tuple[EngineLayer, ...]]:
+        spec, compute = tiny_families[family], PRECISIONS[precision]
+        graph, weights = saved_graph(spec, precision)
+        folder = tmp_path_factory.mktemp(family)
+        shutil.copy(weights / "weights.safetensors", folder)
+        contract, whole = Contract.of(spec, compute, RANGES), [[call.path for call in calls(spec)]]
+        target = parse_target("rtx:sm89")
+        build_target(target, spec, compute, contract, graph, folder, whole, lambda line: None)
+        record, (file,) = read_layers(folder / target.folder / LAYERS_FILE)
+        return record, file.layers
 
     return build
 

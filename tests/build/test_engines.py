@@ -40,7 +40,7 @@ def building(bundle: Path, graphs_of: Any, tiny_spec: ModelSpec, monkeypatch: py
             log.message("ERROR", "what the builder said")
             if error is not None:
                 raise error
-            return BuiltEngine(WrittenFile(to, 1, "0" * 64), (), 0.0)
+            return BuiltEngine(WrittenFile(to, 1, "0" * 64), (), None, 0.0)
 
         monkeypatch.setattr(engines, "build_engine", build_engine)
         precision, target = PRECISIONS["fp16"], parse_target("rtx:sm89")

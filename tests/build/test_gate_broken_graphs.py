@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,9 +100,9 @@ def cast(value: str, made: str, to: int) -> onnx.NodeProto:
     return helper.make_node("Cast", [value], [made], name=f"cast_{made}", to=to)
 
 
-def attention_in_fp32(graph: onnx.ModelProto) -> None:
+def attention_in_fp32(graph: onnx.ModelProto, name: str = "MMDiTLastJointBlock") -> None:
     """Q, K and V are scaled in fp32, and attend so. Casts alone are moved behind the attention, which then fuses."""
-    last = body(graph, "MMDiTLastJointBlock")
+    last = body(graph, name)
     (attention,) = nodes(last, "Attention")
     before = [constant("factor", np.array(1.5, np.float32))]
     for value in attention.input:
@@ -114,8 +114,8 @@ def attention_in_fp32(graph: onnx.ModelProto) -> None:
     put(last, attention, *before, island, cast("attended_fp32", attention.output[0], TensorProto.FLOAT16))
 
 
-def attention_is_dropped(graph: onnx.ModelProto) -> None:
-    last = body(graph, "MMDiTLastJointBlock")
+def attention_is_dropped(graph: onnx.ModelProto, name: str = "MMDiTLastJointBlock") -> None:
+    last = body(graph, name)
     (attention,) = nodes(last, "Attention")
     bypass(last, attention, attention.input[2])
 
@@ -132,16 +132,10 @@ def attention_is_in_the_wrong_block(graph: onnx.ModelProto) -> None:
     attention_is_dropped(graph)
 
 
-def qk_norm_is_dropped(graph: onnx.ModelProto) -> None:
-    first = body(graph, "MMDiTJointBlock")
-    norm = nodes(first, "RMSNormalization")[2]
-    bypass(first, norm, norm.input[0])
-
-
-def layer_norm_is_dropped(graph: onnx.ModelProto) -> None:
-    first = body(graph, "MMDiTJointBlock")
-    norm = nodes(first, "LayerNormalization")[-1]
-    bypass(first, norm, norm.input[0])
+def norm_is_dropped(graph: onnx.ModelProto, name: str, op: str, index: int) -> None:
+    function = body(graph, name)
+    norm = nodes(function, op)[index]
+    bypass(function, norm, norm.input[0])
 
 
 def call_is_renamed(graph: onnx.ModelProto) -> None:
@@ -150,9 +144,10 @@ def call_is_renamed(graph: onnx.ModelProto) -> None:
 
 @dataclass(frozen=True)
 class Break:
-    """A way to break the graph of two fp16 blocks.
+    """A way to break the fp16 graph of a tiny model.
 
     Args:
+        family: of the model, if it is not SD3's.
         says: what the refusal says: the block, the node where there is one, and the reason.
         silent: blocks that it does not speak of.
     """
@@ -161,6 +156,7 @@ class Break:
     says: tuple[str, ...]
     silent: tuple[str, ...] = ("blocks.0",)
     decomposable: bool = False
+    family: str | None = None
 
 
 BREAKS = {
@@ -204,12 +200,12 @@ BREAKS = {
         silent=(),
     ),
     "no QK norm on the text's Q": Break(
-        qk_norm_is_dropped,
+        lambda graph: norm_is_dropped(graph, "MMDiTJointBlock", "RMSNormalization", 2),
         ("blocks.0: 4 RMSNormalization expected, 3 in the graph (node_rms_norm, node_rms_norm_1, node_rms_norm_3)",),
         silent=("blocks.1",),
     ),
     "no norm before the text's MLP": Break(
-        layer_norm_is_dropped,
+        lambda graph: norm_is_dropped(graph, "MMDiTJointBlock", "LayerNormalization", -1),
         ("blocks.0: 4 LayerNormalization expected, 3 in the graph (node_layer_norm, node_layer_norm_1, ",),
         silent=("blocks.1",),
     ),
@@ -221,23 +217,51 @@ BREAKS = {
         ),
         silent=(),
     ),
+    "no attention in single blocks": Break(
+        lambda graph: attention_is_dropped(graph, "MMDiTSingleBlock"),
+        tuple(f"single_blocks.{i}: 1 Attention expected, 0 in the graph" for i in range(4)),
+        family="flux1",
+    ),
+    "attention of single blocks in fp32": Break(
+        lambda graph: attention_in_fp32(graph, "MMDiTSingleBlock"),
+        ("single_blocks.0: node_Attention_4 (Attention) is not one fused attention kernel; it became ", "(gemm)"),
+        decomposable=True,
+        family="flux1",
+    ),
+    "no norm on a single block's K": Break(
+        lambda graph: norm_is_dropped(graph, "MMDiTSingleBlock", "RMSNormalization", 1),
+        ("single_blocks.0: 2 RMSNormalization expected, 1 in the graph (node_rms_norm)",),
+        family="flux1",
+    ),
+    "text is not normed": Break(
+        lambda graph: norm_is_dropped(graph, "MMDiTTextEmbed", "RMSNormalization", 0),
+        ("txt_embed: 1 RMSNormalization expected, 0 in the graph",),
+        family="qwen-image",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", BREAKS)
 def test_a_graph_broken_on_purpose_is_refused(
-    tiny_spec: ModelSpec, saved_graph: SavedGraph, build_layers: BuildLayers, name: str, refusal: Refusal
+    tiny_spec: ModelSpec,
+    tiny_families: Mapping[str, ModelSpec],
+    saved_graph: SavedGraph,
+    build_layers: BuildLayers,
+    name: str,
+    refusal: Refusal,
 ) -> None:
-    broken, (intact, folder) = BREAKS[name], saved_graph(tiny_spec, "fp16")
+    broken = BREAKS[name]
+    spec = tiny_spec if broken.family is None else tiny_families[broken.family]
+    intact, folder = saved_graph(spec, "fp16")
     graph = onnx.ModelProto()
     graph.CopyFrom(intact)
     broken.change(graph)
     layers = build_layers(graph, folder, decomposable=broken.decomposable)
-    message = refusal(graph, layers, tiny_spec)
+    message = refusal(graph, layers, spec)
     for fragment in broken.says:
         assert fragment in message
     for block in broken.silent:
-        assert f"{block}:" not in message
+        assert f" {block}:" not in message
 
 
 def test_nested_functions_are_looked_into(

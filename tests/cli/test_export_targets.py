@@ -36,7 +36,7 @@ def test_a_gpu_that_no_engine_can_be_built_for(
     [
         (["--segments", "99"], ["1 to 2 segments", "99", "--segments 2"]),
         (["--segments", "0"], ["1 to 2 segments", "--segments 1"]),
-        (["--segments", "two"], ["a number or auto", "'two'"]),
+        (["--segments", "two"], ["a whole number or auto", "'two'"]),
         (["--segments=-1"], ["a number or auto", "'-1'"]),
         (["--segments", "9" * 5000], ["a number or auto"]),
         (["--profile", "batch=3"], ["a profile's batch lies within its range, 1:1:2", "3:3:3", "widen --batch"]),

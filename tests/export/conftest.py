@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -53,26 +54,23 @@ def deep_spec(tiny_spec: ModelSpec) -> ModelSpec:
 
 
 @pytest.fixture(scope="session")
-def exported(
-    deep_spec: ModelSpec,
-    tensorrt_rtx: Any,
-    traced_once: Callable[[], contextlib.AbstractContextManager[object]],
-    tmp_path_factory: pytest.TempPathFactory,
+def export_once(
+    traced_once: Callable[[], contextlib.AbstractContextManager[object]], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Exported]:
-    """Exports once for each set of arguments: ``exported("rtx:sm89", precision="fp16", verify=True)``."""
+    """Exports once for each set of arguments: ``export_once(spec, "ort-cpu", precision="fp16", verify=True)``."""
     made: dict[str, Exported] = {}
 
-    def run(*targets: str, precision: str = "fp16", **options: Any) -> Exported:
-        key = repr((targets, precision, options))
+    def run(spec: ModelSpec, *targets: str, precision: str = "fp16", **options: Any) -> Exported:
+        key = repr((spec, targets, precision, options))
         if key not in made:
-            made[key] = make(targets, precision, **options)
+            made[key] = make(spec, targets, precision, **options)
         return made[key]
 
-    def make(targets: tuple[str, ...], precision: str, **options: Any) -> Exported:
+    def make(spec: ModelSpec, targets: tuple[str, ...], precision: str, **options: Any) -> Exported:
         out = tmp_path_factory.mktemp("engines") / "b"
         compute = PRECISIONS[precision]
         request = ExportRequest(
-            deep_spec, RandomWeights(0), compute, targets=targets, out=out, **{"ranges": RANGES, **options}
+            spec, RandomWeights(0), compute, targets=targets, out=out, **{"ranges": RANGES, **options}
         )
         said: list[str] = []
         with traced_once(), one_thread(), mock.patch("torch.cuda.is_available", lambda: False):
@@ -80,6 +78,12 @@ def exported(
         return Exported(out, tuple(said), result)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def exported(deep_spec: ModelSpec, tensorrt_rtx: Any, export_once: Callable[..., Exported]) -> Callable[..., Exported]:
+    """Exports of three SD3 blocks, with engines of TensorRT-RTX: ``exported("rtx:sm89", verify=False)``."""
+    return functools.partial(export_once, deep_spec)
 
 
 @contextlib.contextmanager

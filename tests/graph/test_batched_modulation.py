@@ -20,9 +20,10 @@ from mmdit_deploy.checkpoint.weights import RandomWeights
 from mmdit_deploy.contract import Contract
 from mmdit_deploy.graph.lower.batched_modulation import batched_modulation
 from mmdit_deploy.graph.pipeline import Graphs
-from mmdit_deploy.model import grid_ids
 from mmdit_deploy.runtime import open_session, run_session
 from mmdit_deploy.spec import PRECISIONS, ModelSpec
+from mmdit_deploy.verify import Case
+from mmdit_deploy.verify.cases import case_inputs
 from mmdit_deploy.verify.metrics import compare
 
 WIDTH = 4
@@ -36,7 +37,7 @@ class Calls:
     Args:
         body: of the function.
         inputs: what each call reads.
-        weights, biases: their order in the file.
+        weights, biases: their order in the file; without biases the function takes none.
         uses: whose weights each call takes.
         gaps: bytes that are left free in front of a tensor, by its name.
         files: where a tensor is, if not in the one file; None for in the graph itself.
@@ -52,8 +53,9 @@ class Calls:
 
     def write(self, folder: Path) -> ir.Model:
         """The model; its weights go to a folder."""
+        parameters = "x, w, b" if self.biases else "x, w"
         calls = "\n".join(
-            f'["modulations.{i}.img"] m{i} = mmdit.Modulation({x}, w{j}, b{j})'
+            f'["modulations.{i}.img"] m{i} = mmdit.Modulation({x}, w{j}{f", b{j}" if self.biases else ""})'
             for i, (x, j) in enumerate(zip(self.inputs, self.uses, strict=True))
         )
         outputs = ", ".join(f"float[B,1,R{i}] m{i}" for i in range(len(self.inputs)))
@@ -61,7 +63,7 @@ class Calls:
             f"""<ir_version: 11, opset_import: ["": 23, "mmdit": 1]>
             g (float[B,{WIDTH}] c, float[B,{WIDTH}] d) => ({outputs}) {{ {calls} }}
             <domain: "mmdit", opset_import: ["": 23]>
-            Modulation (x, w, b) => (y) {{ one = Constant<value = int64[1] {{1}}>() {self.body} }}"""
+            Modulation ({parameters}) => (y) {{ one = Constant<value = int64[1] {{1}}>() {self.body} }}"""
         )
         shapes = {f"w{i}": (ROWS[i], WIDTH) for i in self.weights} | {f"b{i}": (ROWS[i],) for i in self.biases}
         files: dict[str, bytes] = {}
@@ -83,6 +85,7 @@ class Calls:
         return ir.from_proto(proto)
 
 
+NO_BIAS = "g = Gemm<transB=1>(x, w) y = Unsqueeze(g, one)"
 NEAR_MISSES = {
     "weights are not adjacent": Calls(gaps=dict.fromkeys(("w1", "w2", "w3"), 16)),
     "biases are not adjacent": Calls(gaps=dict.fromkeys(("b1", "b2", "b3"), 4)),
@@ -95,7 +98,10 @@ NEAR_MISSES = {
     "bias scaled": Calls("g = Gemm<transB=1, beta=0.5>(x, w, b) y = Unsqueeze(g, one)"),
     "an activation": Calls("g = Gemm<transB=1>(x, w, b) r = Relu(g) y = Unsqueeze(r, one)"),
     "its input changed": Calls("s = Neg(x) g = Gemm<transB=1>(s, w, b) y = Unsqueeze(g, one)"),
-    "no bias": Calls("g = Gemm<transB=1>(x, w) y = Unsqueeze(g, one)"),
+    "a bias that is not added": Calls(NO_BIAS),
+    "no biases, and weights that are not adjacent": Calls(
+        NO_BIAS, biases=(), gaps=dict.fromkeys(("w1", "w2", "w3"), 16)
+    ),
     "another axis": Calls("g = Gemm<transB=1>(x, w, b) two = Constant<value = int64[1] {0}>() y = Unsqueeze(g, two)"),
     "one call": Calls(inputs="c", uses=(0,)),
 }
@@ -161,8 +167,19 @@ def test_a_second_run_changes_nothing(tmp_path: Path) -> None:
         (Calls(inputs="cccd"), 3, 1),
         (Calls(gaps={"w2": 64, "b2": 64}), 4, 2),
         (Calls(files={"w3": "more", "b3": "more"}), 3, 1),
+        (Calls(NO_BIAS, biases=()), 4, 1),
+        (Calls(NO_BIAS, biases=(), gaps={"w2": 64}), 4, 2),
     ],
-    ids=["all", "in another order", "two inputs", "one of another input", "two runs", "another file"],
+    ids=[
+        "all",
+        "in another order",
+        "two inputs",
+        "one of another input",
+        "two runs",
+        "another file",
+        "no biases",
+        "no biases, two runs",
+    ],
 )
 def test_numbers_agree(calls: Calls, count: int, products: int, tmp_path: Path) -> None:
     model = calls.write(tmp_path)
@@ -175,27 +192,30 @@ def test_numbers_agree(calls: Calls, count: int, products: int, tmp_path: Path) 
     assert batched_modulation.apply(model) == 0
 
 
-@pytest.mark.parametrize("dual", [(), (0, 1)])
+@pytest.mark.parametrize("name", ["plain", "dual attention", "flux1", "flux2", "qwen-image-edit-2511"])
 def test_a_whole_model_computes_the_same(
     tiny_spec: ModelSpec,
+    tiny_families: Mapping[str, ModelSpec],
     graphs_of: Callable[..., Graphs],
     save_graphs: Callable[..., Path],
     tmp_path: Path,
-    dual: tuple[int, ...],
+    name: str,
 ) -> None:
-    spec = dataclasses.replace(tiny_spec, depth=3, dual_attention_blocks=dual)
+    plain = dataclasses.replace(tiny_spec, depth=3)
+    dual = dataclasses.replace(plain, dual_attention_blocks=(0, 1))
+    spec = {"plain": plain, "dual attention": dual, **tiny_families}[name]
     graphs = graphs_of(spec, "fp32", ("trt",))
     (result,) = graphs.passes["trt"]
-    assert result.count == 2 * spec.depth + 1  # both streams of each block, and the head
+    # Both streams of each block, each single one, and the head; of FLUX.2, one of each for all.
+    per_block = 3 if spec.shared_modulation else 2 * spec.depth + spec.single_depth
+    assert result.count == per_block + 1
     lowered = graphs.lowered["trt"]
     assert [n.op_type for n in lowered.graph.node].count("Gemm") == 1
     assert not [f.name for f in lowered.functions if "Modulation" in f.name]
     folder = save_graphs(tmp_path, spec, RandomWeights(5), graphs)
     contract = Contract.of(spec, PRECISIONS["fp32"])
-    sizes = {"batch": 2, "img_tokens": 15, "txt_tokens": 4}
-    inputs = {t.name: random_tensor(1, t.name, t.shape(sizes), std=1.0) for t in contract.inputs}
-    inputs["img_ids"] = grid_ids(3, 5)
-    wanted = [(t.name, torch.float32, t.shape(sizes)) for t in contract.outputs]
+    inputs = case_inputs(Case(2, 3, 5, 4, timestep=500.25), contract, spec)
+    wanted = [("sample", torch.float32, (2, 15, spec.out_dim))]
     standard, batched = (
         run_session(open_session(folder / name, "ort-cpu"), inputs, wanted)["sample"]
         for name in ("model.onnx", "model.trt.onnx")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+from collections.abc import Mapping
 
 import pytest
 
@@ -44,6 +45,10 @@ def test_the_call_of_a_parameter() -> None:
     assert call_of("modulations.12.txt.proj.bias") == "modulations.12.txt"
     assert call_of("conditioning.time.up.weight") == "conditioning"
     assert call_of("final_modulation.proj.weight") == "final_modulation"
+    assert call_of("single_blocks.12.norm_q.weight") == "single_blocks.12"
+    assert call_of("single_modulations.12.proj.bias") == "single_modulations.12"
+    assert call_of("shared_modulation.single.proj.weight") == "shared_modulation.single"
+    assert call_of("txt_embed.norm.weight") == "txt_embed"
 
 
 @pytest.mark.parametrize("segments", [1, 2, 3, 4, 5])
@@ -61,6 +66,44 @@ def test_segments_are_runs_of_calls_cut_in_front_of_blocks(tiny_spec: ModelSpec,
             assert {f"modulations.{i}.img", f"modulations.{i}.txt"} <= set(part)
     for part in parts[1:]:
         assert part[0].startswith("modulations.")
+
+
+def test_segments_of_each_family_are_runs_of_calls_cut_in_front_of_blocks(
+    tiny_families: Mapping[str, ModelSpec], family: str
+) -> None:
+    spec = tiny_families[family]
+    chain = calls(spec)
+    own = {call.path: call.block for call in chain}
+    for segments in range(1, len(spec.block_names) + 1):
+        parts = partition(chain, call_bytes(spec, PRECISIONS["fp16"]), segments)
+        assert len(parts) == segments
+        assert [path for part in parts for path in part] == [call.path for call in chain]  # each once, in order
+        for part in parts:
+            present = [path for path in part if path in spec.block_names]
+            assert present and {own[path] for path in part} <= {None, *present}  # modulations go with their block
+        for part in parts[1:]:
+            assert own[part[0]] is not None  # what joins or splits the streams goes with the block before it
+
+
+def test_flux_is_cut_among_joint_and_among_single_blocks(tiny_families: Mapping[str, ModelSpec]) -> None:
+    spec = tiny_families["flux1"]
+    first, second, third = partition(calls(spec), call_bytes(spec, PRECISIONS["fp16"]), 3)
+    assert first[-1] == "blocks.0" and first[:4] == ("conditioning", "img_embed", "txt_embed", "positions")
+    assert second[2:] == ("blocks.1", "join", "single_modulations.0", "single_blocks.0")
+    assert third == (
+        "single_modulations.1", "single_blocks.1", "single_modulations.2", "single_blocks.2", "single_modulations.3",
+        "single_blocks.3", "split", "final_modulation", "final",
+    )  # fmt: skip
+
+
+def test_modulations_that_are_shared_are_made_before_the_first_block_that_reads_them(
+    tiny_families: Mapping[str, ModelSpec],
+) -> None:
+    spec = tiny_families["flux2"]
+    parts = partition(calls(spec), call_bytes(spec, PRECISIONS["fp16"]), 5)
+    assert [[path for path in part if path.startswith("shared_modulation.")] for part in parts] == [
+        ["shared_modulation.img", "shared_modulation.txt"], ["shared_modulation.single"], [], [], []
+    ]  # fmt: skip
 
 
 def test_the_names_of_outputs_do_not_move_the_cuts(tiny_spec: ModelSpec) -> None:

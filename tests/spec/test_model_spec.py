@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 
 import pytest
 
@@ -87,6 +88,70 @@ def test_rules(tiny_spec: ModelSpec, changes: dict[str, object], rule: str, rece
         dataclasses.replace(tiny_spec, **changes)
     assert rule in caught.value.rule
     assert_says_rule_received_and_fix(caught.value, received)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "rule", "received"),
+    [
+        ("flux1", {"rope_axes": (4, 14, 16)}, "their sum is head_dim, 32", "[4, 14, 16]"),
+        ("flux1", {"rope_axes": (3, 15, 14)}, "rope_axes are even", "[3, 15, 14]"),
+        ("flux1", {"rope_axes": (0, 16, 16)}, "rope_axes are even", "[0, 16, 16]"),
+        ("flux1", {"rope_axes": (-2, 18, 16)}, "rope_axes are even", "[-2, 18, 16]"),
+        ("flux1", {"rope_axes": ()}, "positions are either added", "pos_max_size 0, rope_axes []"),
+        ("flux1", {"pos_max_size": 64}, "positions are either added", "pos_max_size 64, rope_axes [4, 14, 14]"),
+        ("sd3-controlnet", {"rope_axes": (16, 16)}, "positions are either added", "pos_max_size 72"),
+        ("flux1", {"text_ends": True}, "single blocks read the text stream", "single_depth 4 with text_ends"),
+        ("flux1", {"single_depth": 129}, "depth is a whole number from 1 to 128", "129"),
+        ("flux1", {"single_depth": -1}, "depth is a whole number", "-1"),
+        ("flux1", {"activation": "relu"}, "an activation is gelu or swiglu", "'relu'"),
+        ("flux1", {"time_scale": 0.0}, "time_scale is positive", "0.0"),
+        ("flux2", {"rope_theta": -1.0}, "rope_theta is positive", "-1.0"),
+        ("flux2", {"rope_theta": math.nan}, "rope_theta is positive", "nan"),
+        ("flux2", {"mlp_ratio": 2.51}, "mlp_ratio", "2.51"),
+        ("qwen-image", {"pooled_dim": -1}, "pooled_dim", "-1"),
+        ("qwen-image-edit-2511", {"guidance": True}, "reference tokens at timestep 0", "guidance"),
+        ("sd3-controlnet", {"residuals": 5}, "at most one residual per joint block: 1 to 4", "5"),
+        ("sd3-controlnet", {"residuals": -1}, "residuals must be a whole number", "-1"),
+        ("sd3-controlnet", {"residuals": True}, "residuals must be a whole number", "True"),
+    ],
+)
+def test_rules_of_families(
+    tiny_families: Mapping[str, ModelSpec], family: str, changes: dict[str, object], rule: str, received: str
+) -> None:
+    with pytest.raises(SpecError) as caught:
+        dataclasses.replace(tiny_families[family], **changes)
+    assert rule in caught.value.rule
+    assert_says_rule_received_and_fix(caught.value, received)
+
+
+def test_blocks_of_families(tiny_families: Mapping[str, ModelSpec]) -> None:
+    plain, unread = BlockSpec(), BlockSpec(text_unread=True)
+    assert tiny_families["flux1"].blocks == tiny_families["flux2"].blocks == (plain, plain)
+    assert tiny_families["qwen-image"].blocks == (plain, unread)
+    assert (unread.makes_text, unread.txt_modulations) == (False, 6)  # its modulations are stored, and not all read
+    residual = BlockSpec(residual=True)
+    assert tiny_families["sd3-controlnet"].blocks == (*[residual] * 3, BlockSpec(text_ends=True))
+    assert tiny_families["flux1"].block_names == (
+        "blocks.0", "blocks.1", "single_blocks.0", "single_blocks.1", "single_blocks.2", "single_blocks.3"
+    )  # fmt: skip
+    assert {name: (spec.attentions, spec.id_axes, spec.max_img_tokens) for name, spec in tiny_families.items()} == {
+        "flux1": (6, 3, None),
+        "flux2": (5, 4, None),
+        "qwen-image": (2, 3, None),
+        "qwen-image-edit-2511": (2, 3, None),
+        "sd3-controlnet": (4, 2, 72 * 72),
+    }
+
+
+@pytest.mark.parametrize(
+    ("depth", "residuals", "taken"),
+    [(4, 2, [0, 0, 1, 1]), (5, 2, [0, 0, 0, 1, 1]), (3, 3, [0, 1, 2]), (3, 1, [0, 0, 0]), (24, 24, [*range(24)])],
+)
+def test_blocks_share_the_residuals_as_in_diffusers(
+    tiny_families: Mapping[str, ModelSpec], depth: int, residuals: int, taken: list[int]
+) -> None:
+    spec = dataclasses.replace(tiny_families["sd3-controlnet"], depth=depth, residuals=residuals)
+    assert [spec.residual_of(i) for i in range(depth)] == taken
 
 
 def test_block_kinds() -> None:

@@ -129,7 +129,7 @@ def test_a_miswired_call_is_refused_by_name(
         ("flux1", "blocks.1", 4, "sin", r"blocks\.1 must read cos, made by output 0 of positions"),
         ("flux1", "join", 1, "blocks.0.txt", r"join must read blocks\.1\.txt"),
         ("flux1", "single_blocks.1", 1, "single_modulations.0", r"single_blocks\.1 must read single_modulations\.1"),
-        ("flux1", "split", 0, "single_blocks.1.tokens", r"split must read single_blocks\.2\.tokens"),
+        ("flux1", "split", 0, "single_blocks.1.tokens", r"split must read single_blocks\.3\.tokens"),
         ("flux2", "blocks.1", 2, "shared_modulation.txt", r"blocks\.1 must read shared_modulation\.img"),
         ("flux2", "single_blocks.2", 1, "final_modulation", r"single_blocks\.2 must read shared_modulation\.single"),
         ("qwen-image", "attention_mask", 1, "txt_ids", r"attention_mask must read img_ids"),

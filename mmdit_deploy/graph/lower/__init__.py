@@ -8,6 +8,7 @@ from mmdit_deploy.graph.lower.adaln import adaln
 from mmdit_deploy.graph.lower.batched_modulation import batched_modulation
 from mmdit_deploy.graph.lower.emulate_bf16 import emulate_bf16
 from mmdit_deploy.graph.lower.linear import linear
+from mmdit_deploy.graph.lower.mask_of_keys import mask_of_keys
 from mmdit_deploy.graph.lower.multi_head_attention import MICROSOFT, multi_head_attention
 from mmdit_deploy.graph.passes import Pass, PassResult, run
 
@@ -17,8 +18,8 @@ _ORT = (multi_head_attention, adaln, linear)
 DIALECTS: dict[str, tuple[Pass, ...]] = {
     "ort": _ORT,
     "ort-emulated-bf16": (*_ORT, emulate_bf16),
-    # TensorRT reads the standard graph as it is; this one it builds in less memory.
-    "trt": (batched_modulation,),
+    # TensorRT reads the standard graph as it is; this one it builds, and runs, in less memory.
+    "trt": (batched_modulation, mask_of_keys),
     # The standard graph's own numbers, where a runtime has no bf16 kernels.
     "standard-emulated-bf16": (emulate_bf16,),
 }

@@ -1,0 +1,189 @@
+"""The other families from end to end: exported and verified, opened again from the bundle alone, and run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmdit_deploy.build import RTX
+from mmdit_deploy.bundle import open_bundle
+from mmdit_deploy.checkpoint.weights import RandomWeights
+from mmdit_deploy.contract import TOKENS
+from mmdit_deploy.errors import ContractError
+from mmdit_deploy.model import MMDiT, calls
+from mmdit_deploy.runtime import Engine, engine_files
+from mmdit_deploy.spec import ModelSpec
+from mmdit_deploy.verification import verify_bundle
+from mmdit_deploy.verify import TOLERANCES, Case, compare, within
+from mmdit_deploy.verify.cases import case_inputs
+
+pytestmark = pytest.mark.usefixtures("no_gpu")
+
+CASE = Case(2, 5, 7, 9, timestep=321.0)  # none of those that an export verifies
+SEGMENTS = {"flux1": 3, "flux2": 3, "qwen-image": 2, "qwen-image-edit-2511": 2, "sd3-controlnet": 2}
+OUTPUTS = {"flux1": ("blocks.1", "single_blocks.0")}
+# What crosses each cut for the first time.
+CROSSING = {
+    "flux1": ({"conditioning", "cos", "sin", "blocks.0.img", "blocks.0.txt"}, {"single_blocks.0"}),
+    "flux2": (
+        {
+            "conditioning",
+            "cos",
+            "sin",
+            "shared_modulation.img",
+            "shared_modulation.txt",
+            "blocks.0.img",
+            "blocks.0.txt",
+        },
+        {"shared_modulation.single", "join"},
+    ),
+    "qwen-image": ({"conditioning", "cos", "sin", "attention_mask", "blocks.0.img", "blocks.0.txt"},),
+    "qwen-image-edit-2511": (
+        {"conditioning", "cos", "sin", "attention_mask", "references", "blocks.0.img", "blocks.0.txt"},
+    ),
+    "sd3-controlnet": ({"conditioning", "residuals.1", "blocks.1.img", "blocks.1.txt"},),
+}
+TENSORS = {
+    "cos": ("float32", (TOKENS, 16)),
+    "sin": ("float32", (TOKENS, 16)),
+    "attention_mask": ("float16", ("batch", 1, 1, TOKENS)),
+    "references": ("bool", ("img_tokens", 1)),
+    "residuals.1": ("float16", ("batch", "img_tokens", 64)),
+    "shared_modulation.img": ("float16", ("batch", 1, 6 * 64)),
+    "shared_modulation.txt": ("float16", ("batch", 1, 6 * 64)),
+    "shared_modulation.single": ("float16", ("batch", 1, 3 * 64)),
+    "join": ("float16", ("batch", TOKENS, 64)),
+    "single_blocks.0": ("float16", ("batch", TOKENS, 64)),
+    **{
+        f"blocks.{i}.{stream}": ("float16", ("batch", f"{stream}_tokens", 64))
+        for i in (0, 1)
+        for stream in ("img", "txt")
+    },
+}
+Families = Mapping[str, ModelSpec]
+
+
+@pytest.fixture(scope="session")
+def bundle_of(export_once: Callable[..., Any], tiny_families: Families) -> Callable[[str], Any]:
+    """An fp16 bundle of a family for ONNX Runtime, and in segments for TensorRT-RTX where that is installed."""
+
+    def make(family: str) -> Any:
+        targets = ("ort-cpu", "rtx:sm89") if RTX.installed else ("ort-cpu",)
+        segments = SEGMENTS[family] if RTX.installed else None
+        return export_once(tiny_families[family], *targets, segments=segments, outputs=OUTPUTS.get(family, ()))
+
+    return make
+
+
+def inputs_of(bundle: Path, **changes: Tensor) -> dict[str, Tensor]:
+    opened = open_bundle(bundle)
+    return {**case_inputs(CASE, opened.contract, opened.spec), **changes}
+
+
+def test_the_export_is_verified_and_again_from_the_bundle_alone(
+    bundle_of: Callable[[str], Any], tiny_families: Families, family: str
+) -> None:
+    made = bundle_of(family)
+    assert all(verdict.passed for verdict in made.result.verdicts) and made.fields["verified"] == ["ort-cpu"]
+    assert open_bundle(made.path).spec == tiny_families[family]
+    again = verify_bundle(made.path)
+    assert again.passed and "recorded in reference.safetensors" in again.reference
+    assert {check.name for check in again.checks} >= {call.path for call in calls(tiny_families[family])[:-1]}
+
+
+def test_the_engine_computes_what_the_eager_model_computes(
+    bundle_of: Callable[[str], Any], eager_model: Callable[..., MMDiT], tiny_families: Families, family: str
+) -> None:
+    path = bundle_of(family).path
+    inputs = inputs_of(path)
+    outputs = OUTPUTS.get(family, ())
+    with torch.inference_mode():
+        wide = {name: t.float() if t.is_floating_point() else t for name, t in inputs.items()}
+        eager = eager_model(tiny_families[family], RandomWeights(0))(**wide, outputs=outputs)
+    expected = dict(zip(("sample", *outputs), eager if outputs else (eager,), strict=True))
+    with Engine.load(path) as engine:
+        received = engine(inputs)
+    assert list(received) == list(expected)
+    for name, tensor in received.items():
+        assert tensor.shape == expected[name].shape and tensor.dtype == torch.float16
+        assert within(compare(tensor, expected[name]), TOLERANCES["fp16"]), name
+
+
+def test_joined_tokens_are_an_output_of_a_single_block(bundle_of: Callable[[str], Any]) -> None:
+    """Image before text: a caller that wants the image's takes the first."""
+    path = bundle_of("flux1").path
+    (output,) = [t for t in open_bundle(path).contract.outputs if t.name == "single_blocks.0"]
+    assert output.axes == ("batch", TOKENS, 64)
+    with Engine.load(path) as engine:
+        received = engine(inputs_of(path))
+        assert received["single_blocks.0"].shape == (2, 5 * 7 + 9, 64)
+        given = torch.empty(2, 44, 64, dtype=torch.float16)
+        engine(inputs_of(path), outputs={"single_blocks.0": given})
+        assert torch.equal(given, received["single_blocks.0"])
+        with pytest.raises(ContractError, match=r"single_blocks\.0 is contiguous, and float16 \[2, 44, 64\]"):
+            engine(inputs_of(path), outputs={"single_blocks.0": given[:, :35]})
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        (
+            "qwen-image",
+            {"encoder_hidden_states_mask": torch.ones(2, 9)},
+            ("encoder_hidden_states_mask is bool", "float32", "convert it to bool"),
+        ),
+        (
+            "qwen-image",
+            {"encoder_hidden_states_mask": torch.ones(2, 1, 1, 9, dtype=torch.bool)},
+            ("encoder_hidden_states_mask has the axes [batch, txt_tokens]", "[2, 1, 1, 9]", "reshape it"),
+        ),
+        (
+            "flux1",
+            {"txt_ids": torch.zeros(8, 3)},
+            ("txt_tokens is one size in all tensors", "9 in encoder_hidden_states, 8 in txt_ids", "make them equal"),
+        ),
+        ("flux1", {"guidance": torch.tensor([3.5])}, ("batch is one size", "2 in hidden_states, 1 in guidance")),
+        ("flux2", {"img_ids": torch.zeros(35, 3)}, ("img_ids has the axes [img_tokens, 4]", "[35, 3]")),
+        (
+            "sd3-controlnet",
+            {"block_controlnet_hidden_states": torch.zeros(3, 2, 35, 64, dtype=torch.float16)},
+            ("block_controlnet_hidden_states has the axes [2, batch, img_tokens, 64]", "[3, 2, 35, 64]"),
+        ),
+        ("sd3-controlnet", {"guidance": torch.ones(2)}, ("the inputs are hidden_states, ", "unknown ['guidance']")),
+    ],
+)
+def test_a_wrong_input_is_named_with_its_rule_and_fix(
+    bundle_of: Callable[[str], Any], family: str, changes: dict[str, Tensor], words: tuple[str, ...]
+) -> None:
+    path = bundle_of(family).path
+    with Engine.load(path) as engine, pytest.raises(ContractError) as caught:
+        engine(inputs_of(path, **changes))
+    assert caught.value.exit_status == 2 and caught.value.fix
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_segments_are_a_chain(
+    tensorrt_rtx: Any, bundle_of: Callable[[str], Any], tiny_families: Families, family: str
+) -> None:
+    made, spec = bundle_of(family), tiny_families[family]
+    record, files = engine_files(open_bundle(made.path), "rtx:sm89")  # the runtime's own check of the chain
+    assert len(files) == len(record.segments) == SEGMENTS[family]
+    assert [path for segment in record.segments for path in segment.calls] == [call.path for call in calls(spec)]
+    assert record.fused_attentions == dict.fromkeys(spec.block_names, 1)
+    contract = open_bundle(made.path).contract
+    outside = {t.name for t in (*contract.inputs, *contract.outputs)}
+    *before, last = record.segments
+    for segment, expected in zip(before, CROSSING[family], strict=True):
+        later = {t.name: t for other in record.segments for t in other.inputs}
+        crossing = {t.name: t for t in segment.outputs if t.name in later}
+        assert set(crossing) == expected and {t.name for t in segment.outputs} <= expected | outside
+        assert all(later[name] == tensor for name, tensor in crossing.items())
+        rows = "batch + batch" if spec.still_references else "batch"  # at its own timestep, and at timestep 0
+        for name, tensor in crossing.items():
+            assert (tensor.dtype, tensor.axes) == {**TENSORS, "conditioning": ("float16", (rows, 40))}[name], name
+    assert {t.name for t in last.outputs} <= outside
