@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmdit_deploy.build import check_targets, parse_target
+from mmdit_deploy.build import parse_target
 from mmdit_deploy.contract import AXES, Profile, Range, parse_profile
 from mmdit_deploy.errors import UsageError
 from mmdit_deploy.families import preset
@@ -115,74 +115,80 @@ def _recipe(path: Path, data: Mapping[str, Any]) -> Recipe:
             received=f"unknown {unknown!a}, missing {missing!a}",
             fix=f"correct them; required are {', '.join(sorted(_REQUIRED))}",
         )
-    values = {key: read(data[key], f"{key} in {path}") for key, read in _FIELDS.items() if key in data}
+    values = {key: _read_field(key, data[key], path) for key in _FIELDS if key in data}
     if isinstance(values.get("checkpoint"), Path):
         values["checkpoint"] = path.parent / values["checkpoint"]
     return Recipe(path.stem, **values)
 
 
-def _text(value: Any, where: str) -> str:
+def _read_field(key: str, value: Any, path: Path) -> Any:
+    """One value; what is wrong with it is said of the field and the file, whoever found it."""
+    read, example = _FIELDS[key]
+    try:
+        return read(value)
+    except UsageError as error:
+        raise UsageError(
+            f"{key} in {path}: {error.rule}", received=ascii(value)[:120], fix=f"e.g. {example}"
+        ) from error
+
+
+def _text(value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise _wrong(where, "text", value, '"…"')
+        raise UsageError("it is a text")
     return value
 
 
-def _preset(value: Any, where: str) -> str:
-    return preset(_text(value, where)).name
+def _preset(value: Any) -> str:
+    return preset(_text(value)).name
 
 
-def _checkpoint(value: Any, where: str) -> Path | str:
+def _checkpoint(value: Any) -> Path | str:
     """A path begins with a slash or a dot, and is relative to the recipe; anything else is a name on the hub."""
-    text = _text(value, where)
+    text = _text(value)
     if text.startswith(("/", ".")):
         return Path(text)
     if not HUB_NAME.fullmatch(text):
-        raise _wrong(
-            where, "a path that begins with / or ., or a name on the hub", value, '"black-forest-labs/FLUX.1-dev"'
-        )
+        raise UsageError("it is a path that begins with / or ., or a name on the hub")
     return text
 
 
-def _precision(value: Any, where: str) -> str:
-    return precision(_text(value, where)).name
+def _precision(value: Any) -> str:
+    return precision(_text(value)).name
 
 
-def _targets(value: Any, where: str) -> tuple[str, ...]:
-    if not isinstance(value, list) or not value or not all(isinstance(t, str) and t for t in value):
-        raise _wrong(where, "a list of targets", value, '["ort-cpu"]')
-    return tuple(value)
+def _targets(value: Any) -> tuple[str, ...]:
+    names = _texts(value, "a list of targets")
+    for name in names:
+        parse_target(name)
+    return names
 
 
-def _ranges(value: Any, where: str) -> dict[str, Range]:
-    if not isinstance(value, dict):
-        raise _wrong(where, "a table of ranges", value, 'batch = "1:2:4" under [ranges]')
-    unknown = sorted(set(value) - set(AXES))
-    if unknown:
-        raise UsageError(f"the axes of {where} are {', '.join(AXES)}", received=ascii(unknown), fix="use these")
-    for axis, text in value.items():
-        if not isinstance(text, str):
-            raise _wrong(f"{axis} of {where}", "a range MIN:OPT:MAX", text, '"1:2:4"')
+def _ranges(value: Any) -> dict[str, Range]:
+    if not isinstance(value, dict) or not set(value) <= set(AXES):
+        raise UsageError(f"it is a table of ranges, for some of the axes {', '.join(AXES)}")
+    if not all(isinstance(text, str) for text in value.values()):
+        raise UsageError("each of its ranges is a text MIN:OPT:MAX")
     return {axis: Range.parse(axis, text) for axis, text in value.items()}
 
 
-def _profiles(value: Any, where: str) -> tuple[Profile, ...]:
-    if not isinstance(value, list) or not value or not all(isinstance(p, str) for p in value):
-        raise _wrong(where, "a list of profiles", value, '["batch=2,img_tokens=1024:4096:4096"]')
-    return tuple(map(parse_profile, value))
+def _profiles(value: Any) -> tuple[Profile, ...]:
+    return tuple(map(parse_profile, _texts(value, "a list of profiles")))
 
 
-def _wrong(where: str, expected: str, received: object, example: str) -> UsageError:
-    return UsageError(f"{where} must be {expected}", received=ascii(received)[:120], fix=f"e.g. {example}")
+def _texts(value: Any, what: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
+        raise UsageError(f"it is {what}, each a text")
+    return tuple(value)
 
 
-# What a recipe may say, in the order of `Recipe`, and how each is read.
-_FIELDS: Mapping[str, Callable[[Any, str], Any]] = {
-    "description": _text,
-    "preset": _preset,
-    "checkpoint": _checkpoint,
-    "precision": _precision,
-    "targets": _targets,
-    "ranges": _ranges,
-    "profiles": _profiles,
+# What a recipe may say, in the order of `Recipe`: how each is read, and an example of its line.
+_FIELDS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
+    "description": (_text, 'description = "FLUX.1-dev at 1024 pixels"'),
+    "preset": (_preset, 'preset = "sd3-medium"'),
+    "checkpoint": (_checkpoint, 'checkpoint = "black-forest-labs/FLUX.1-dev"'),
+    "precision": (_precision, 'precision = "fp16"'),
+    "targets": (_targets, 'targets = ["ort-cpu", "rtx:sm89"]'),
+    "ranges": (_ranges, 'batch = "1:2:4" under [ranges]'),
+    "profiles": (_profiles, 'profiles = ["batch=2,img_tokens=1024:4096:4096"]'),
 }
 _REQUIRED = {"description", "preset", "precision"}

@@ -68,25 +68,55 @@ def test_a_file_needs_three_keys_only(tmp_path: Path) -> None:
     [
         ("", "missing"),
         (GOOD + 'precison = "bf16"\n', "precison"),
-        (GOOD.replace('"fp16"', '"fp17"'), "fp32, fp16, bf16"),
-        (GOOD.replace('"fp16"', "16"), "text"),
-        (GOOD.replace("sd3-medium", "sd4"), "sd3.5-large"),
-        (GOOD + 'targets = "ort-cpu"\n', "list"),
-        (GOOD + "targets = [1]\n", "list"),
-        (GOOD + "ranges = 5\n", "table"),
-        (GOOD + '[ranges]\nheight = "1:2:3"\n', "img_tokens"),
-        (GOOD + "[ranges]\nbatch = 2\n", "MIN:OPT:MAX"),
-        (GOOD + '[ranges]\nbatch = "4:2:1"\n', "MIN ≤ OPT ≤ MAX"),
         (GOOD + "[ranges\n", "TOML"),
         ("\x00", "TOML"),
     ],
 )
-def test_wrong_recipes_are_refused(text: str, says: str, tmp_path: Path) -> None:
+def test_files_that_are_no_recipes(text: str, says: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(text)
     with pytest.raises(UsageError) as caught:
         load_recipe(path)
-    assert says in str(caught.value) and caught.value.received and caught.value.fix
+    assert says in str(caught.value) and str(path) in caught.value.rule and caught.value.received and caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "says"),
+    [
+        ("description", GOOD.replace('"one of mine"', '" "'), "text"),
+        ("precision", GOOD.replace('"fp16"', '"fp17"'), "fp32, fp16, bf16"),
+        ("precision", GOOD.replace('"fp16"', "16"), "text"),
+        ("preset", GOOD.replace("sd3-medium", "sd4"), "sd3.5-large"),
+        ("checkpoint", GOOD + 'checkpoint = "a/b/c"\n', "a path that begins with / or ."),
+        ("targets", GOOD + 'targets = "ort-cpu"\n', "a list of targets"),
+        ("targets", GOOD + "targets = []\n", "a list of targets"),
+        ("targets", GOOD + "targets = [1]\n", "a list of targets"),
+        ("targets", GOOD + 'targets = ["ort-cpu", "rtx:sm99"]\n', "sm89"),
+        ("targets", GOOD + 'targets = [""]\n', "ort-cuda"),
+        ("ranges", GOOD + "ranges = 5\n", "a table of ranges"),
+        ("ranges", GOOD + '[ranges]\nheight = "1:2:3"\n', "img_tokens"),
+        ("ranges", GOOD + "[ranges]\nbatch = 2\n", "MIN:OPT:MAX"),
+        ("ranges", GOOD + '[ranges]\nbatch = "4:2:1"\n', "of batch needs 1 ≤ MIN ≤ OPT ≤ MAX"),
+        ("profiles", GOOD + 'profiles = "batch=2"\n', "a list of profiles"),
+        ("profiles", GOOD + 'profiles = ["foo=1"]\n', "batch, img_tokens, txt_tokens"),
+        ("profiles", GOOD + 'profiles = ["batch=4:2:1"]\n', "of batch needs 1 ≤ MIN ≤ OPT ≤ MAX"),
+    ],
+)
+def test_a_wrong_field_is_named_with_the_file_and_an_example_of_toml(
+    field: str, text: str, says: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        load_recipe(path)
+    error = caught.value
+    assert error.rule.startswith(f"{field} in {path}: ") and says in error.rule and error.received
+    assert str(error.fix).startswith("e.g. ") and "--" not in str(error)
+    example = str(error.fix).removeprefix("e.g. ")
+    example = "[ranges]\n" + example.removesuffix(" under [ranges]") if field == "ranges" else example
+    lines = "".join(line for line in GOOD.splitlines(True) if not line.startswith(field))
+    path.write_text(lines + example + "\n")
+    load_recipe(path)
 
 
 @pytest.mark.parametrize("name", ["sd4-fp16", "", "../export/sd3-medium-fp16", "missing.toml"])

@@ -42,13 +42,14 @@ def _refuse_pickle(path: Path, received: str) -> CheckpointError:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file is one of llama.cpp's, by its first bytes, or else by its name."""
+    """Whether a file is one of llama.cpp's, by its name or its first bytes."""
+    if path.suffix.lower() == ".gguf":
+        return True
     try:
         with path.open("rb") as file:
-            magic = file.read(4)
+            return file.read(4) == b"GGUF"
     except OSError:
-        magic = b""
-    return magic == b"GGUF" or path.suffix.lower() == ".gguf"
+        return False  # a folder, or one that the reader of its kind says more about
 
 
 def refuse_file(path: Path) -> CheckpointError:

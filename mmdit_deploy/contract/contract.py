@@ -144,13 +144,13 @@ class Contract:
                     received=f"shape {list(shape)}",
                     fix="reshape it",
                 )
-            for axis, size in zip(tensor.axes, shape, strict=True):
+            for i, (axis, size) in enumerate(zip(tensor.axes, shape, strict=True)):
                 if isinstance(axis, int):
                     if size != axis:
                         raise ContractError(
                             f"{tensor.name} has the axes {_shown(tensor.axes)}",
                             received=f"shape {list(shape)}",
-                            fix=f"its last axis must be {axis}",
+                            fix=f"its axis {i} must be {axis}",
                         )
                 elif sizes.setdefault(axis, size) != size:
                     raise ContractError(

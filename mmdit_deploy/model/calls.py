@@ -60,7 +60,7 @@ def calls(spec: ModelSpec, outputs: Sequence[str] = ()) -> tuple[Call, ...]:
         made = [path if path in outputs else f"{path}.img"]
         if block.makes_text:
             made.append(f"{path}.txt")
-        chain.append(Call(path, kinds.block(spec, block), tuple(reads), tuple(made), block=path))
+        chain.append(Call(path, kinds.joint_block(spec, block), tuple(reads), tuple(made), block=path))
         img, txt = made[0], made[-1]
     if spec.single_depth:
         chain.append(Call("join", kinds.join(spec), (img, txt), ("join",)))

@@ -89,6 +89,7 @@ def _read_everywhere(spec: ModelSpec) -> tuple[TensorSpec, ...]:
 
 
 def conditioning(spec: ModelSpec) -> Kind:
+    """The conditioning vector, from the timestep and, where the model has them, pooled text and guidance."""
     inputs = [_scalar("timestep")]
     if spec.pooled_dim:
         inputs.append(_per_sample("pooled_projections", spec.pooled_dim))
@@ -103,11 +104,13 @@ def conditioning(spec: ModelSpec) -> Kind:
 
 
 def img_embed(spec: ModelSpec) -> Kind:
+    """Image tokens, projected; with positions where the model adds them."""
     inputs = (_img("hidden_states", spec.img_dim), *((_ids(spec, "img"),) if spec.pos_max_size else ()))
     return Kind("MMDiTImageEmbed", lambda: ImageEmbed(spec), inputs, (_img("img", spec.width),))
 
 
 def txt_embed(spec: ModelSpec) -> Kind:
+    """Text tokens, projected."""
     return Kind(
         "MMDiTTextEmbed",
         lambda: TextEmbed(spec),
@@ -117,20 +120,24 @@ def txt_embed(spec: ModelSpec) -> Kind:
 
 
 def positions(spec: ModelSpec) -> Kind:
+    """Cosines and sines of RoPE's angles."""
     ids = (_ids(spec, "img"), _ids(spec, "txt"))
     return Kind("MMDiTRotaryPositions", lambda: RotaryPositions(spec), ids, _angles(spec))
 
 
 def attention_mask(spec: ModelSpec) -> Kind:
+    """What is added to the scores of keys."""
     mask = TensorSpec("encoder_hidden_states_mask", ("batch", "txt_tokens"), "bool")
     return Kind("MMDiTAttentionMask", AttentionMask, (mask, _ids(spec, "img")), (_MASK,))
 
 
 def references(spec: ModelSpec) -> Kind:
+    """Which image tokens are those of references."""
     return Kind("MMDiTReferences", References, (_ids(spec, "img"),), (_REFERENCES,))
 
 
 def residuals(spec: ModelSpec) -> Kind:
+    """A ControlNet's residuals, one by one."""
     axes = (spec.residuals, "batch", "img_tokens", spec.width)
     return Kind(
         "MMDiTResiduals",
@@ -141,6 +148,7 @@ def residuals(spec: ModelSpec) -> Kind:
 
 
 def modulation(spec: ModelSpec, tensors: int) -> Kind:
+    """Modulation tensors, so many, of one stream."""
     return Kind(
         f"MMDiTModulation{tensors}",
         lambda: Modulation(spec, tensors),
@@ -149,7 +157,8 @@ def modulation(spec: ModelSpec, tensors: int) -> Kind:
     )
 
 
-def block(spec: ModelSpec, block: BlockSpec) -> Kind:
+def joint_block(spec: ModelSpec, block: BlockSpec) -> Kind:
+    """A joint block; each structure has a function of its own."""
     traits = {"Dual": block.dual_attention, "Residual": block.residual, "Last": not block.makes_text}
     outputs = (_img("img_out", spec.width), _txt("txt_out", spec.width))
     return Kind(
@@ -168,11 +177,13 @@ def block(spec: ModelSpec, block: BlockSpec) -> Kind:
 
 
 def join(spec: ModelSpec) -> Kind:
+    """Both streams as one."""
     streams = (_img("img", spec.width), _txt("txt", spec.width))
     return Kind("MMDiTJoin", Join, streams, (_tokens("tokens", spec.width),))
 
 
 def single_block(spec: ModelSpec) -> Kind:
+    """A single block."""
     modulation = _conditions(spec, "modulation", 1, SINGLE_MODULATIONS * spec.width)
     return Kind(
         "MMDiTSingleBlock",
@@ -183,11 +194,13 @@ def single_block(spec: ModelSpec) -> Kind:
 
 
 def split(spec: ModelSpec) -> Kind:
+    """The image tokens of joined ones."""
     inputs = (_tokens("tokens", spec.width), _ids(spec, "img"))
     return Kind("MMDiTSplit", Split, inputs, (_img("img", spec.width),))
 
 
 def final(spec: ModelSpec) -> Kind:
+    """The head."""
     return Kind(
         "MMDiTFinalLayer",
         lambda: FinalLayer(spec),

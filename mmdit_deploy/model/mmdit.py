@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmdit_deploy.errors import SpecError
 from mmdit_deploy.families import position_ids
+from mmdit_deploy.families.family import grid
 from mmdit_deploy.model.blocks import JointBlock, SingleBlock
 from mmdit_deploy.model.embeddings import (
     AttentionMask,
@@ -257,7 +258,7 @@ def nearest_square(tokens: int) -> tuple[int, int]:
 
 def grid_ids(rows: int, cols: int) -> Tensor:
     """Rows and columns of a row-major grid: [rows·cols, 2] fp32, 0-based."""
-    return torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).reshape(-1, 2).float()
+    return torch.from_numpy(grid(rows, cols))
 
 
 def check_block(name: str, spec: ModelSpec) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from mmdit_deploy.checkpoint import random_tensor
 from mmdit_deploy.contract import AXES, Contract, Profile, Range
 from mmdit_deploy.errors import UsageError
-from mmdit_deploy.families import position_ids
+from mmdit_deploy.families import family_of, position_ids
 from mmdit_deploy.runtime.tensorrt import choose_profile
 from mmdit_deploy.spec import ModelSpec
 from mmdit_deploy.verify.records import Case
@@ -53,10 +53,10 @@ def case_inputs(case: Case, contract: Contract, spec: ModelSpec) -> dict[str, Te
     """The contract's inputs for a case: standard-normal-like features, the same on any machine.
 
     Rounded to the I/O type, so that engine and reference get equal inputs. Timesteps and guidance differ over the
-    batch, a mask has holes, and where reference images are treated differently, the lower half is one.
+    batch, a mask has holes, and of a model that takes reference images the lower half is one.
     """
     sizes = {"batch": case.batch, "img_tokens": case.img_tokens, "txt_tokens": case.txt_tokens}
-    lower = case.rows // 2 if spec.still_references else 0
+    lower = case.rows // 2 if family_of(spec).references else 0
     images = [(case.rows - lower, case.cols), *([(lower, case.cols)] if lower else [])]
     img_ids, txt_ids = position_ids(spec, images, case.txt_tokens)
     order = torch.arange(case.batch)

@@ -148,11 +148,15 @@ def test_joined_tokens_are_an_output_of_a_single_block(bundle_of: Callable[[str]
             ("txt_tokens is one size in all tensors", "9 in encoder_hidden_states, 8 in txt_ids", "make them equal"),
         ),
         ("flux1", {"guidance": torch.tensor([3.5])}, ("batch is one size", "2 in hidden_states, 1 in guidance")),
-        ("flux2", {"img_ids": torch.zeros(35, 3)}, ("img_ids has the axes [img_tokens, 4]", "[35, 3]")),
+        (
+            "flux2",
+            {"img_ids": torch.zeros(35, 3)},
+            ("img_ids has the axes [img_tokens, 4]", "[35, 3]", "axis 1 must be 4"),
+        ),
         (
             "sd3-controlnet",
             {"block_controlnet_hidden_states": torch.zeros(3, 2, 35, 64, dtype=torch.float16)},
-            ("block_controlnet_hidden_states has the axes [2, batch, img_tokens, 64]", "[3, 2, 35, 64]"),
+            ("block_controlnet_hidden_states has the axes [2, batch, img_tokens, 64]", "its axis 0 must be 2"),
         ),
         ("sd3-controlnet", {"guidance": torch.ones(2)}, ("the inputs are hidden_states, ", "unknown ['guidance']")),
     ],
