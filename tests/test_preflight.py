@@ -90,6 +90,29 @@ def test_no_fewer_segments_would_do() -> None:
     assert stage.memory_bytes + stage.mapped_bytes > 0.9 * 6e9
 
 
+@pytest.mark.parametrize(
+    ("name", "billions", "segments"),
+    [("flux1-dev", 11.90, 3), ("flux1-schnell", 11.89, 3), ("qwen-image", 20.43, 5), ("flux2-dev", 32.22, 8)],
+)
+def test_the_figures_of_the_other_families(name: str, billions: float, segments: int, tmp_path: Path) -> None:
+    plan = plan_of(spec=preset(name), precision="bf16")
+    assert plan.parameters / 1e9 == pytest.approx(billions, abs=0.005)
+    assert plan.weights_bytes == pytest.approx(2 * plan.parameters, rel=0.001)
+    assert plan.segments == {"rtx:sm89": segments}
+    stage = build_of(plan)
+    assert stage.mapped_bytes < 1.2 * plan.weights_bytes / segments  # cut evenly, among joint and single blocks
+    assert stage.memory_bytes + stage.mapped_bytes <= 0.9 * 24 * GIB
+    fewer = build_of(plan_of(spec=preset(name), precision="bf16", segments=segments - 1))
+    assert fewer.memory_bytes + fewer.mapped_bytes > 0.9 * 24 * GIB
+    check_plan(plan, tmp_path / "b")
+
+
+def test_as_many_segments_as_joint_and_single_blocks() -> None:
+    assert plan_of(spec=preset("flux1-dev"), segments=57).segments == {"rtx:sm89": 57}
+    with pytest.raises(UsageError, match="a model of 57 blocks is cut into 1 to 57 segments"):
+        plan_of(spec=preset("flux1-dev"), segments=58)
+
+
 def test_half_the_model_takes_half_the_memory() -> None:
     whole, half = (build_of(plan_of(segments=n)) for n in (1, 2))
     fixed = estimates.PROCESS_MEMORY + estimates.BUILD_MEMORY

@@ -219,8 +219,16 @@ def test_one_file_has_no_config(folder: Path, name: str) -> None:
 
 
 def test_other_files_are_refused(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    assert "quantized" in refusal(tmp_path / "model.gguf")
+    for name in ("model.gguf", "model.q4", "model.bin", "model"):
+        (tmp_path / name).write_bytes(b"GGUF\3\0\0\0")
+        assert "GGUF files are not read: their weights come quantized" in refusal(tmp_path / name)
+        (folder / name).write_bytes((tmp_path / name).read_bytes())
+        assert "GGUF files are not read" in refusal(folder)
+        (folder / name).unlink()
+    (tmp_path / "model.safetensors").write_bytes(b"GGUF" + b"\0" * 60)
+    assert "a GGUF file under another name" in refusal(tmp_path / "model.safetensors")
+    (tmp_path / "empty.gguf").touch()
+    assert "GGUF files are not read" in refusal(tmp_path / "empty.gguf")
     assert f"pass its folder: {folder}" in refusal(folder / "config.json")
     (tmp_path / "model.onnx").write_bytes(b"")
     assert "or a .safetensors file" in refusal(tmp_path / "model.onnx")

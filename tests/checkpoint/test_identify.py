@@ -119,13 +119,48 @@ def test_other_components_are_named_and_ignored() -> None:
             ("text encoder 't5xxl'", 1, 2 * 6400),
             ("text encoder '0'", 1, 32),
         }
-    # Where the transformer has a prefix, whatever has none is none of it.
+    # What samplers leave in such files.
     tensors = infos(shapes_of(TINY["flux1"], "original"), PREFIX) | infos({"v_pred": (), "model_sampling.sigmas": (9,)})
     assert [str(c) for c in identify(tensors, "file").ignored] == [
-        "'v_pred' (1 tensors, 0.0 MB)",
-        "'model_sampling' (1 tensors, 0.0 MB)",
+        "noise schedule (2 tensors, 0.0 MB)",
     ]
     assert "VAE (1 tensors" in refusal({"vae.encoder.conv_in.weight": (4,)})
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("betas", "alphas_cumprod_prev", "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod"),
+        *("posterior_variance", "sqrt_recipm1_alphas_cumprod", "denoiser.sigmas", "edm_vpred.sigma_max", "ztsnr"),
+        *("model_ema.decay", "image_encoder.x.weight"),
+    ],
+)
+def test_what_merged_files_carry_along(key: str) -> None:
+    tensors = infos(shapes_of(TINY["sd3"], "original"), PREFIX) | infos({key: (9,)})
+    assert [c.tensors for c in identify(tensors, "file").ignored] == [1]
+
+
+@pytest.mark.parametrize("key", ["img_in.lora_scale", "distilled_guidance_layer.in_proj.weight", "__x__", "betas.0"])
+def test_a_key_without_the_prefix_is_not_dropped(key: str) -> None:
+    tensors = infos(shapes_of(TINY["flux1"], "original"), PREFIX)
+    with pytest.raises(CheckpointError, match="keys fit") as caught:
+        identify(tensors | infos({key: (4,)}), "file")
+    assert repr(key) in str(caught.value)
+
+
+def test_comfyuis_mark_counts_with_the_prefix_and_without() -> None:
+    spec = TINY["qwen-image"]
+    assert spec.still_references
+    for mark in (STILL_REFERENCES, PREFIX + STILL_REFERENCES):
+        shapes = shapes_of(spec, "original")
+        del shapes[STILL_REFERENCES]
+        tensors = infos(shapes, PREFIX) | infos({mark: (0,)})
+        identity = identify(tensors, "file")
+        assert identity.names[STILL_REFERENCES] == mark and not identity.ignored
+        assert inferred(identity, tensors).still_references
+    twice = infos(shapes_of(spec, "original"), PREFIX) | infos({STILL_REFERENCES: (0,)})
+    with pytest.raises(CheckpointError, match="every tensor once"):
+        identify(twice, "file")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -16,6 +16,7 @@ from mmdit_deploy.checkpoint import StoredModel, open_model
 from mmdit_deploy.checkpoint.keys import Part, parameters
 from mmdit_deploy.checkpoint.weights import open_weights, stream_parts
 from mmdit_deploy.errors import CheckpointError
+from mmdit_deploy.families import PRESETS
 
 PREFIX = "model.diffusion_model."
 TINY = ["tiny", "tiny-dual", "tiny-flux1", "tiny-flux1-guidance", "tiny-flux2", "tiny-qwen-image"]
@@ -114,7 +115,48 @@ def test_comfyui_marks_the_file_of_qwen_image_edit_2511(write: Callable[..., Pat
     marked = open_model(write(name, layout="diffusers", prefix=PREFIX, edit=mark))
     assert marked.spec.still_references and not any("2511" in note for note in marked.notes)
     plain = open_model(write(name, layout="diffusers", prefix=PREFIX))
-    assert not plain.spec.still_references and any("2511" in note for note in plain.notes)
+    assert not plain.spec.still_references and any("--preset qwen-image-edit-2511" in note for note in plain.notes)
+
+
+@pytest.mark.parametrize("name", ["qwen-image-edit-2511", "qwen-image-edit"])
+def test_a_preset_decides_what_tensors_do_not_tell(name: str, write: Callable[..., Path]) -> None:
+    preset = PRESETS[name]
+    path = write("tiny-qwen-image", layout="diffusers", prefix=PREFIX)
+    spec, source = open_weights(path, preset)
+    assert spec.still_references == preset.still_references and spec.depth == 3
+    assert f"taken from the preset {name}: still_references is {preset.still_references}" in source.notes
+    assert not any("2511, add" in note for note in source.notes)
+
+
+def test_a_preset_decides_nothing_that_the_file_tells(
+    write: Callable[..., Path], folder: Callable[[str], Path]
+) -> None:
+    def mark(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["__index_timestep_zero__"] = torch.zeros(0)
+
+    marked = write("tiny-qwen-image", layout="diffusers", edit=mark)
+    assert open_model(marked, PRESETS["qwen-image-edit"]).spec.still_references
+    assert not open_model(folder("tiny-qwen-image"), PRESETS["qwen-image-edit-2511"]).spec.still_references
+    assert not open_model(write("tiny-qwen-image", layout="diffusers"), PRESETS["sd3-medium"]).spec.still_references
+
+
+def test_a_quantized_folder_is_refused_by_name(folder: Callable[[str], Path]) -> None:
+    """As diffusers saves a model that bitsandbytes quantized: beside the fields of the class."""
+    path = folder("tiny-flux1")
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {
+        "_load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "quant_method": "bitsandbytes",
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    for where in (path, path / f"{WEIGHTS}.safetensors"):
+        said = refusal(where)
+        assert "received: a quantized model" in said and "'bitsandbytes'" in said
+        assert "fp16 or bf16 checkpoint" in said and str(path / "config.json") in said
+    config["quantization_config"] = ["x" * 500]
+    (path / "config.json").write_text(json.dumps(config))
+    assert "a quantized model" in refusal(path)
 
 
 def test_the_config_beside_a_diffusers_file_is_read(folder: Callable[[str], Path]) -> None:

@@ -57,6 +57,17 @@ def test_a_checkpoint_says_its_depth(refuse: Callable[..., str], checkpoint: Pat
     refuse(2, [checkpoint, "--depth", "2"], "--depth 2")
 
 
+@pytest.mark.parametrize("number", ["-1", "x", "1.5", "", "9" * 5000])
+def test_a_number_of_residuals_that_is_none(refuse: Callable[..., str], number: str) -> None:
+    refuse(2, ["--depth", "2", f"--controlnet={number}"], "--controlnet is a whole number, 1 to 2")
+    refuse(2, ["--preset", "flux1-dev", f"--controlnet={number}"], "inputs of Stable Diffusion 3 / 3.5")
+
+
+@pytest.mark.parametrize("number", ["0", "3"])
+def test_more_residuals_than_blocks(refuse: Callable[..., str], number: str) -> None:
+    refuse(2, ["--depth", "2", "--controlnet", number], "has 1 to 2 residuals", f"received: {number}", "num_layers")
+
+
 def test_an_unknown_preset_or_recipe(refuse: Callable[..., str]) -> None:
     refuse(2, ["--preset", "sd4"], "sd3-medium", "'sd4'")
     refuse(2, ["--recipe", "sd4-fp2"], "sd3-medium-fp16")
@@ -65,6 +76,8 @@ def test_an_unknown_preset_or_recipe(refuse: Callable[..., str]) -> None:
 def test_a_checkpoint_of_another_architecture_than_the_recipes(refuse: Callable[..., str], checkpoint: Path) -> None:
     refuse(2, [checkpoint, "--recipe", "sd3-medium-fp16"], "sd3-medium", "depth 2, expected 24")
     refuse(2, [checkpoint, "--preset", "sd3.5-large"], "num_heads 2, expected 38")
+    said = refuse(2, [checkpoint, "--preset", "flux1-dev"], "a Stable Diffusion 3 / 3.5 model; flux1-dev is of FLUX.1")
+    assert "depth" not in said and "rope_axes" not in said
 
 
 def test_an_error_is_a_json_document_too(run: Callable[..., Any], dist: Path) -> None:

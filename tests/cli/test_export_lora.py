@@ -87,6 +87,28 @@ def test_a_bundle_with_two_loras(
     run("verify", out, "--checkpoint", checkpoint).refused(2, str(kohya))
 
 
+def test_a_bundle_is_verified_from_elsewhere(
+    run: Callable[..., Any],
+    checkpoint: Path,
+    dist: Path,
+    quick: tuple[str, ...],
+    style: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(style.parent)
+    assert run("export", checkpoint, *quick, "--lora", style.name, "-o", dist / "b").status == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    verify = ("verify", dist / "b", "--checkpoint", checkpoint)
+    assert run(*verify).status == 0
+    moved = style.rename(tmp_path / "elsewhere" / "moved.safetensors")
+    said = run(*verify).refused(2, "where there is none", "--lora FILE, with the SHA-256")
+    assert json.loads((dist / "b" / "manifest.json").read_text())["weights"]["loras"][0]["sha256"] in said
+    assert run(*verify, "--lora", moved.name).status == 0
+    run(*verify, "--lora", "").refused(2, "--lora takes a FILE")
+
+
 def test_random_weights_with_a_lora_are_called_random(
     run: Callable[..., Any], dist: Path, quick: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -108,6 +130,7 @@ def test_a_file_with_a_colon(
 
 def test_refusals(refuse: Callable[..., str], checkpoint: Path, style: Path, tmp_path: Path) -> None:
     refuse(2, [checkpoint, "--lora", f"{style}:x"], "SCALE is a finite number")
+    refuse(2, [checkpoint, "--lora", ""], "--lora takes FILE")
     refuse(2, [checkpoint, "--lora", f"{style}:1e9"], "the scale of a LoRA")
     refuse(2, [checkpoint, "--lora", tmp_path / "nowhere.safetensors"], "no such path")
     refuse(2, ["--preset", "sd3-medium", "--lora", style], "shape [4, 64], expected [4, 1536]")

@@ -95,3 +95,10 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def single_thread() -> Iterator[None]:
+    """What a module runs, it runs on one thread."""
+    with one_thread():
+        yield

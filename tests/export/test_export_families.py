@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from torch import Tensor
 from mmdit_deploy.build import RTX
 from mmdit_deploy.bundle import open_bundle
 from mmdit_deploy.checkpoint.weights import RandomWeights
+from mmdit_deploy.cli import bench as bench_command
+from mmdit_deploy.cli import inspect as inspect_command
+from mmdit_deploy.cli import verify as verify_command
 from mmdit_deploy.contract import TOKENS
 from mmdit_deploy.errors import ContractError
 from mmdit_deploy.model import MMDiT, calls
@@ -22,7 +26,7 @@ from mmdit_deploy.verification import verify_bundle
 from mmdit_deploy.verify import TOLERANCES, Case, compare, within
 from mmdit_deploy.verify.cases import case_inputs
 
-pytestmark = pytest.mark.usefixtures("no_gpu")
+pytestmark = pytest.mark.usefixtures("no_gpu", "single_thread")
 
 CASE = Case(2, 5, 7, 9, timestep=321.0)  # none of those that an export verifies
 SEGMENTS = {"flux1": 3, "flux2": 3, "qwen-image": 2, "qwen-image-edit-2511": 2, "sd3-controlnet": 2}
@@ -65,6 +69,28 @@ TENSORS = {
         for stream in ("img", "txt")
     },
 }
+_TEXT = {"encoder_hidden_states": ("float16", ["batch", "txt_tokens", 24]), "timestep": ("float32", ["batch"])}
+_POOLED = {"pooled_projections": ("float16", ["batch", 20])}
+_GUIDANCE = {"guidance": ("float32", ["batch"])}
+_MASK = {"encoder_hidden_states_mask": ("bool", ["batch", "txt_tokens"])}
+
+
+def _ids(axes: int, *streams: str) -> dict[str, tuple[str, list[str | int]]]:
+    return {f"{stream}_ids": ("float32", [f"{stream}_tokens", axes]) for stream in streams}
+
+
+INPUTS = {
+    "flux1": {**_TEXT, **_POOLED, **_GUIDANCE, **_ids(3, "img", "txt")},
+    "flux2": {**_TEXT, **_GUIDANCE, **_ids(4, "img", "txt")},
+    "qwen-image": {**_TEXT, **_MASK, **_ids(3, "img", "txt")},
+    "qwen-image-edit-2511": {**_TEXT, **_MASK, **_ids(3, "img", "txt")},
+    "sd3-controlnet": {
+        **_TEXT,
+        **_POOLED,
+        **_ids(2, "img"),
+        "block_controlnet_hidden_states": ("float16", [2, "batch", "img_tokens", 64]),
+    },
+}
 Families = Mapping[str, ModelSpec]
 
 
@@ -94,6 +120,17 @@ def test_the_export_is_verified_and_again_from_the_bundle_alone(
     again = verify_bundle(made.path)
     assert again.passed and "recorded in reference.safetensors" in again.reference
     assert {check.name for check in again.checks} >= {call.path for call in calls(tiny_families[family])[:-1]}
+
+
+@pytest.mark.parametrize(("of", "precision"), [("flux1", "bf16"), ("qwen-image", "fp32")])
+def test_other_precisions(export_once: Callable[..., Any], tiny_families: Families, of: str, precision: str) -> None:
+    made = export_once(tiny_families[of], "ort-cpu", precision=precision)
+    (verdict,) = made.result.verdicts
+    assert verdict.passed and ("bf16 emulated" in verdict.executed[0]) == (precision == "bf16")
+    assert verify_bundle(made.path).passed
+    with Engine.load(made.path) as engine:
+        sample = engine(inputs_of(made.path))["sample"]
+    assert sample.shape == (2, 35, 10) and sample.dtype == getattr(torch, open_bundle(made.path).precision.dtype)
 
 
 def test_the_engine_computes_what_the_eager_model_computes(
@@ -191,3 +228,46 @@ def test_segments_are_a_chain(
         for name, tensor in crossing.items():
             assert (tensor.dtype, tensor.axes) == {**TENSORS, "conditioning": ("float16", (rows, 40))}[name], name
     assert {t.name for t in last.outputs} <= outside
+
+
+def test_bench_runs_the_eager_model_beside_it(
+    bundle_of: Callable[[str], Any],
+    family: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model: None)  # which cannot be called: eager is rival enough
+    assert bench_command.main([str(bundle_of(family).path), "--engine", "ort-cpu", "--rounds", "1", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert {timing["name"] for timing in data["timings"]} == {"ort-cpu", "eager"}
+    assert data["ratios"].keys() == {"ort-cpu / eager"} and list(data["not_run"]) == ["torch.compile"]
+
+
+def test_inspect_says_what_goes_in(
+    bundle_of: Callable[[str], Any], tiny_families: Families, family: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, spec = bundle_of(family).path, tiny_families[family]
+    assert inspect_command.main([str(path), "--json"]) == 0
+    out, err = capsys.readouterr()
+    data = json.loads(out)
+    assert ModelSpec.from_json(data["spec"]) == spec
+    inputs = {tensor["name"]: (tensor["dtype"], tensor["axes"]) for tensor in data["contract"]["inputs"]}
+    assert inputs == {"hidden_states": ("float16", ["batch", "img_tokens", spec.img_dim]), **INPUTS[family]}
+    assert f"bundle {path}: {spec.name}, fp16" in err and all(name in err for name in inputs)
+
+
+def test_inspect_counts_kernels_of_single_blocks(
+    tensorrt_rtx: Any, bundle_of: Callable[[str], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = bundle_of("flux2").path
+    assert inspect_command.main([str(path)]) == 0
+    assert "fused, 5 kernels in 5 blocks" in (said := capsys.readouterr().out)
+    assert "single_blocks." in next(line for line in said.splitlines() if line.strip().startswith("by call"))
+    assert inspect_command.main([str(path / "engines/rtx-sm89/segment-2.engine")]) == 0
+    said = capsys.readouterr().out
+    assert "single_blocks.0 … final" in said and f"[batch, {TOKENS}, 64]" in said  # its calls, and what it reads
+
+
+def test_verify_command(bundle_of: Callable[[str], Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify_command.main([str(bundle_of("flux2").path), "--engine", "ort-cpu", "--full"]) == 0
+    assert "PASS" in capsys.readouterr().out

@@ -32,7 +32,7 @@ def test_a_file_with_a_colon_that_exists(tmp_path: Path) -> None:
     assert parse_lora(f"{path}:2") == (path, 2.0)
 
 
-@pytest.mark.parametrize("text", ["a:x", "a:", ":1", "a:nan", "a:inf", "a:1e999", "a:1_0", "a: 1", "a:0.8:", "a:٣"])
+@pytest.mark.parametrize("text", ["", "a:x", "a:", ":1", "a:nan", "a:inf", "a:1e999", "a:1_0", "a: 1", "a:0.8:", "a:٣"])
 def test_a_scale_that_is_none(text: str) -> None:
     with pytest.raises(UsageError, match="SCALE is a finite number") as caught:
         parse_lora(text)

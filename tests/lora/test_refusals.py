@@ -199,5 +199,61 @@ def test_a_lora_that_is_another_one_now(
     (again,) = open_recorded([record], spec)
     assert again.to_json() == record
     write({key: tensor + 1 for key, tensor in good.items()})
-    with pytest.raises(UsageError, match="the one that the bundle was made with"):
+    with pytest.raises(UsageError, match="the one that the bundle was made with") as caught:
         open_recorded([record], spec)
+    assert record["sha256"] in str(caught.value.fix) and "--lora FILE" in str(caught.value.fix)
+
+
+def test_a_lora_is_found_again_by_its_content(
+    tiny: Callable[[str], Any],
+    good: dict[str, Tensor],
+    write: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spec = tiny("flux1").spec
+    path = write(good, "first")
+    monkeypatch.chdir(path.parent)
+    records = [open_lora(path.name, spec, 0.5).to_json(), open_lora(path.name, spec, 2.0).to_json()]
+    assert records[0]["file"] == path.name and records[0]["resolved"] == str(path.resolve())
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert [lora.scale for lora in open_recorded(records, spec)] == [0.5, 2.0]  # where it led to
+    other = write({key: tensor + 1 for key, tensor in good.items()}, path.stem + "-other")
+    (elsewhere / path.name).write_bytes(other.read_bytes())
+    assert all(lora.path == path for lora in open_recorded(records, spec))  # not one of the same name
+
+    moved = path.rename(elsewhere / "moved.safetensors")
+    assert all(lora.path == moved for lora in open_recorded(records, spec, [moved]))
+    with pytest.raises(UsageError) as caught:
+        open_recorded(records, spec)
+    assert "where there is none" in str(caught.value.received) and "SHA-256" in str(caught.value.received)
+    assert "--lora FILE" in str(caught.value.fix) and records[0]["sha256"] in str(caught.value.fix)
+    with pytest.raises(UsageError, match="SHA-256") as caught:
+        open_recorded(records, spec, [moved, other])
+    assert str(other) in str(caught.value.received)
+    with pytest.raises(UsageError, match="it has none"):
+        open_recorded([], spec, [moved])
+    with pytest.raises(UsageError, match="--lora takes a FILE"):
+        open_recorded(records, spec, [""])
+    with pytest.raises(CheckpointError, match="no such path"):
+        open_recorded(records, spec, ["nowhere.safetensors"])
+    older = {key: value for key, value in records[0].items() if key != "resolved"}
+    assert open_recorded([older], spec, [moved])
+
+
+def test_the_strength_of_a_peft_folder_is_not_lost_with_its_config(
+    tiny: Callable[[str], Any], good: dict[str, Tensor], write: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder, spec = tmp_path / "peft", tiny("flux1").spec
+    folder.mkdir()
+    write(good).rename(folder / "adapter_model.safetensors")
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 3}))
+    record = open_lora(folder, spec).to_json()
+    assert open_recorded([record], spec)
+    config.unlink()
+    with pytest.raises(UsageError, match=r"adapter_config\.json"):
+        open_recorded([record], spec, [folder / "adapter_model.safetensors"])

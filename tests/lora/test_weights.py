@@ -101,6 +101,7 @@ def test_a_scale_that_is_none(tiny: Callable[[str], Any], lora: Path, scale: flo
 def test_what_the_manifest_says(tiny: Callable[[str], Any], lora: Path) -> None:
     assert open_lora(lora, tiny("flux1").spec, 0.8).to_json() == {
         "file": str(lora),
+        "resolved": str(lora.resolve()),
         "sha256": hashlib.sha256(lora.read_bytes()).hexdigest(),
         "scale": 0.8,
         "ranks": [4],
