@@ -27,9 +27,9 @@ class Range:
             UsageError: not three whole numbers with 1 ≤ MIN ≤ OPT ≤ MAX.
         """
         parts = text.split(":")
-        if len(parts) not in (1, 3) or not all(p.isdecimal() for p in parts):
+        if len(parts) not in (1, 3) or not all(p.isdecimal() and len(p) < 10 for p in parts):
             raise UsageError(
-                f"the range of {axis} is MIN:OPT:MAX in whole numbers",
+                f"the range of {axis} is MIN:OPT:MAX in whole numbers of at most nine digits",
                 received=repr(text),
                 fix=f"e.g. {DEFAULT_RANGES[axis]}",
             )
