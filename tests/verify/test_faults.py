@@ -41,7 +41,7 @@ def test_a_fault_is_rejected_and_named(
     planted: Callable[[str, str], tuple[Any, str]], fault: str, precision: str
 ) -> None:
     copy, first = planted(fault, precision)
-    verdict = copy.verify()
+    verdict = copy.verify(whole=False)  # what is stepped through must be enough: an engine may not run here
     assert not verdict.passed
     failure = verdict.first_failure
     assert failure is not None and (failure.name, failure.level) == (first, "local"), fault
