@@ -228,11 +228,6 @@ BREAKS = {
         decomposable=True,
         family="flux1",
     ),
-    "no norm on a single block's K": Break(
-        lambda graph: norm_is_dropped(graph, "MMDiTSingleBlock", "RMSNormalization", 1),
-        ("single_blocks.0: 2 RMSNormalization expected, 1 in the graph (node_rms_norm)",),
-        family="flux1",
-    ),
     "text is not normed": Break(
         lambda graph: norm_is_dropped(graph, "MMDiTTextEmbed", "RMSNormalization", 0),
         ("txt_embed: 1 RMSNormalization expected, 0 in the graph",),

@@ -11,7 +11,7 @@ import pytest
 
 from mmdit_deploy.errors import GraphError
 from mmdit_deploy.model import calls
-from mmdit_deploy.spec import ModelSpec
+from mmdit_deploy.spec import PRECISIONS, ModelSpec
 from mmdit_deploy.verification import verify_bundle
 from mmdit_deploy.verify import TOLERANCES, Verdict
 
@@ -28,10 +28,11 @@ def test_a_healthy_engine_passes(copy_of: Callable[[str], Any], precision: str) 
     assert binding == {"local", "output", "engine"}
 
 
+@pytest.mark.parametrize("compute", PRECISIONS)
 def test_a_healthy_engine_of_each_family_passes(
-    copy_of: Callable[..., Any], tiny_families: Mapping[str, ModelSpec], family: str
+    copy_of: Callable[..., Any], tiny_families: Mapping[str, ModelSpec], family: str, compute: str
 ) -> None:
-    verdict = copy_of("fp16", family).verify()
+    verdict = copy_of(compute, family).verify()
     assert verdict.passed and verdict.first_failure is None
     local = [check.name for check in verdict.checks if check.level == "local"]
     assert local == [call.path for call in calls(tiny_families[family]) for _ in range(2)]  # in both cases
