@@ -24,8 +24,15 @@ FORMAT = 1
 _MAX_BYTES = 32 * 2**20  # 24 blocks take 0.3 MB a profile
 _REMEDY = "copy the bundle again, or export it again"
 
+
 # What is read, by shape: a type, or `str | int`; a range of whole numbers; [S], a list of any length; (S, T), a list of
-# two; {str: S}, any names; {"a": S}, an object with at least these names. `float` is a time, so not below zero.
+# two; {str: S}, any names; {"a": S}, an object with at least these names; _Maybe(S), S or null or no such name. `float`
+# is a time, so not below zero.
+@dataclass(frozen=True)
+class _Maybe:
+    shape: Any
+
+
 _COUNT = range(2**63)
 _COUNTS = {str: _COUNT}
 _KERNELS = {"total": _COUNT, "by_type": _COUNTS, "by_call": _COUNTS}
@@ -39,6 +46,7 @@ _SEGMENT = {
     "kernels": _KERNELS,
     "fused_attentions": _COUNTS,
     "seconds": float,
+    "activation_bytes": _Maybe(_COUNT),
 }
 _ENGINE = {
     "execution": str,
@@ -210,10 +218,12 @@ def _mismatch(value: Any, shape: Any, where: str) -> str | None:
         case dict(), dict() if str in shape:
             parts = [(item, shape[str], f"{where}.{quote(name)}") for name, item in value.items()]
         case dict(), dict():
-            missing = [name for name in shape if name not in value]
+            missing = [name for name, part in shape.items() if name not in value and not isinstance(part, _Maybe)]
             if missing:
                 return f"{where.lstrip('.') or 'the whole'}: no {', '.join(missing)}"
-            parts = [(value[name], part, f"{where}.{name}") for name, part in shape.items()]
+            parts = [(value.get(name), part, f"{where}.{name}") for name, part in shape.items()]
+        case _Maybe(shape=inner), _:
+            return None if value is None else _mismatch(value, inner, where)
         case (range(), int()) if type(value) is int and value in shape:  # True is none
             return None
         case _ if shape is float and type(value) in (int, float) and 0 <= value < 2**63:

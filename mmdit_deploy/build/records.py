@@ -111,7 +111,7 @@ class EngineRecord:
     def activation_bytes(self) -> int | None:
         """Memory that running it takes besides weights: of the segment that takes most."""
         known = [s.activation_bytes for s in self.segments if s.activation_bytes is not None]
-        return max(known) if len(known) == len(self.segments) else None
+        return max(known) if known and len(known) == len(self.segments) else None
 
     @property
     def kernels(self) -> int:

@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import PurePosixPath
 from typing import Any
 
-from mmdit_deploy.build import EngineRecord
+from mmdit_deploy.build import EngineRecord, SegmentRecord
 from mmdit_deploy.build.layers import EngineLayer, kernels_by_call, kernels_by_type
 from mmdit_deploy.build.layers_file import FILE_NAME
 from mmdit_deploy.cli.plain import in_units, plain, shown_axes, titled
@@ -18,6 +18,11 @@ from mmdit_deploy.cli.plain import in_units, plain, shown_axes, titled
 _LISTED = 12  # kinds of kernel
 # Myelin's own names: the operations in the kernel, and a suffix for each kernel. Others are named after ONNX nodes.
 _GENERATED = re.compile(r"(__myl_\w+?|_gemm_mha_v2)(_myl\d+_\d+)?")
+
+
+def _activations(segment: SegmentRecord) -> str:
+    known = segment.activation_bytes
+    return "not said" if known is None else f"{in_units(known)} besides weights, at the largest sizes"
 
 
 def engine_file_text(data: dict[str, Any]) -> list[str]:
@@ -51,6 +56,7 @@ def engine_file_text(data: dict[str, Any]) -> list[str]:
                 ("segment", f"{data['segment'] + 1} of {len(record.segments)}"),
                 ("calls", f"{_first_to_last(segment.calls)} ({len(segment.calls)})"),
                 ("in", f"{segment.seconds:.1f} s"),
+                ("activations", _activations(segment)),
             ],
         ),
         titled("inputs and outputs", tensors),

@@ -204,8 +204,8 @@ def test_what_is_wrong_is_named(where: str, value: Any, word: str, path: Path) -
 def test_a_missing_field_is_named(path: Path) -> None:
     document = json.loads(path.read_text())
     fields = [
-        (("engine",), {*document["engine"]}),
-        (("engine", "segments", 1), {*document["engine"]["segments"][1]}),
+        (("engine",), {*document["engine"]} - {"activation_bytes"}),
+        (("engine", "segments", 1), {*document["engine"]["segments"][1]} - {"activation_bytes"}),
         (("engine", "segments", 1, "outputs", 0), {"name", "axes", "dtype"}),
         (("files", "segment-1.engine"), {"bytes", "sha256", "layers"}),
         (("files", "segment-1.engine", "layers", 0), {*document["files"]["segment-1.engine"]["layers"][0]}),
@@ -215,6 +215,17 @@ def test_a_missing_field_is_named(path: Path) -> None:
             of = functools.reduce(lambda at, step: at[step], steps, document)
             path.write_text(json.dumps(changed(document, steps, {k: v for k, v in of.items() if k != name})))
             refused(path, f"no {name}")
+
+
+def test_activation_memory_may_be_missing(path: Path) -> None:
+    """TensorRT does not always say it, and earlier versions did not keep it."""
+    document = json.loads(path.read_text())
+    del document["engine"]["activation_bytes"], document["engine"]["segments"][0]["activation_bytes"]
+    path.write_text(json.dumps(document))
+    assert read_layers(path)[0].activation_bytes is None
+    document["engine"]["segments"][0]["activation_bytes"] = -1
+    path.write_text(json.dumps(document))
+    refused(path, "activation_bytes: -1")
 
 
 def test_an_entry_of_a_manifest_may_say_more(path: Path) -> None:

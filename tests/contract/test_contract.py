@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -163,6 +164,24 @@ def test_no_more_image_tokens_than_positions(tiny_spec: ModelSpec) -> None:
         Contract.of(tiny_spec, PRECISIONS["fp32"], {"img_tokens": Range(1, 64, limit + 1)})
     assert f"72 × 72 = {limit}" in caught.value.rule
     assert str(limit + 1) in str(caught.value.received) and str(limit) in str(caught.value.fix)
+
+
+def test_positions_that_rotate_have_no_bound(tiny_families: Mapping[str, ModelSpec]) -> None:
+    many = {"img_tokens": Range(1, 4096, 200_000)}
+    contract = Contract.of(tiny_families["flux1"], PRECISIONS["fp16"], many)
+    assert contract.max_side is None and contract.ranges["img_tokens"] == many["img_tokens"]
+
+
+def test_outputs_of_single_blocks_are_of_all_tokens(tiny_families: Mapping[str, ModelSpec], family: str) -> None:
+    spec = tiny_families[family]
+    contract = Contract.of(spec, PRECISIONS["bf16"], outputs=spec.block_names)
+    assert {t.name: t.shape(SIZES) for t in contract.outputs} == {
+        "sample": (2, 300, spec.out_dim),
+        **{f"blocks.{i}": (2, 300, 64) for i in range(spec.depth)},
+        **{f"single_blocks.{i}": (2, 309, 64) for i in range(spec.single_depth)},
+    }
+    assert Contract.from_json(json.loads(json.dumps(contract.to_json()))) == contract
+    assert contract.check(received(contract)) == SIZES
 
 
 def test_an_unknown_axis_is_refused(tiny_spec: ModelSpec) -> None:

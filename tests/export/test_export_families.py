@@ -18,10 +18,11 @@ from mmdit_deploy.cli import bench as bench_command
 from mmdit_deploy.cli import inspect as inspect_command
 from mmdit_deploy.cli import verify as verify_command
 from mmdit_deploy.contract import TOKENS
-from mmdit_deploy.errors import ContractError
+from mmdit_deploy.errors import ContractError, UsageError
+from mmdit_deploy.export import ExportRequest
 from mmdit_deploy.model import MMDiT, calls
 from mmdit_deploy.runtime import Engine, engine_files
-from mmdit_deploy.spec import ModelSpec
+from mmdit_deploy.spec import PRECISIONS, ModelSpec
 from mmdit_deploy.verification import verify_bundle
 from mmdit_deploy.verify import TOLERANCES, Case, compare, within
 from mmdit_deploy.verify.cases import case_inputs
@@ -164,6 +165,13 @@ def test_joined_tokens_are_an_output_of_a_single_block(bundle_of: Callable[[str]
         assert torch.equal(given, received["single_blocks.0"])
         with pytest.raises(ContractError, match=r"single_blocks\.0 is contiguous, and float16 \[2, 44, 64\]"):
             engine(inputs_of(path), outputs={"single_blocks.0": given[:, :35]})
+
+
+def test_an_output_that_is_none_of_the_blocks_is_refused(tiny_families: Families) -> None:
+    for outputs in (("single_blocks.4",), ("single_blocks.0", "single_blocks.0"), ("join",)):
+        request = ExportRequest(tiny_families["flux1"], RandomWeights(0), PRECISIONS["fp16"], outputs=outputs)
+        with pytest.raises(UsageError, match=r"blocks\.1, single_blocks\.0 to single_blocks\.3, each once"):
+            request.check()
 
 
 @pytest.mark.parametrize(
