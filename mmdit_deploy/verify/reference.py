@@ -2,7 +2,7 @@
 
 It holds the inputs of each case, the conditioning vector and the final output whole, and of every other call's
 outputs a digest: elements spread over it. A few hundred kB stand for gigabytes of activations, and an error in a
-block moves its digest.
+block moves its digest. Very large inputs (a ControlNet's residuals) are left out: they are made again, from the seed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from mmdit_deploy.verify.records import Case
 
 DIGEST_SIZE = 256  # elements per tensor: the norm of an error is then known to about 6 %
 MAX_BYTES = 16 * 2**20
+MAX_INPUT_BYTES = 4 * 2**20  # of one input
 FILE_NAME = "reference.safetensors"
 WHOLE = ("conditioning", "sample")  # the one is small, and what every modulation is made of; the other is the result
 _GOLDEN = (5**0.5 - 1) / 2
@@ -46,10 +47,12 @@ class ReferenceRecorder:
         self._inputs: list[dict[str, str]] = []  # by case: input name → key
 
     def inputs(self, values: Sequence[Mapping[str, Tensor]]) -> None:
-        """Keep the inputs of every case; equal tensors of different cases are kept once."""
+        """Keep the inputs of every case but the largest; equal tensors of different cases are kept once."""
         for i, tensors in enumerate(values):
             keys = {}
             for name, tensor in tensors.items():
+                if tensor.nbytes > MAX_INPUT_BYTES:
+                    continue
                 same = (k for k, t in self._tensors.items() if t.dtype == tensor.dtype and torch.equal(t, tensor))
                 keys[name] = next(same, f"case.{i}.input.{name}")
                 self._tensors[keys[name]] = tensor
@@ -97,7 +100,7 @@ class Reference:
             ) from error
 
     def inputs(self, case: int) -> dict[str, Tensor]:
-        """The inputs of a case by name, in the contract's dtypes."""
+        """The inputs of a case by name, in the contract's dtypes; none above `MAX_INPUT_BYTES`."""
         return {name: self._read(key) for name, key in self._inputs[case].items()}
 
     def sample(self, case: int) -> Tensor:

@@ -94,6 +94,7 @@ def replay_parity(
     calls: Sequence[Call],
     contract: Contract,
     engine: EngineCalls,
+    inputs: Sequence[Values],
     reference: Reference,
     tolerance: Tolerance,
     *,
@@ -104,9 +105,12 @@ def replay_parity(
     What reads nothing but inputs and conditioning is compared on the recorded ones, and the tolerance binds it.
     Blocks are fed by the engine's own chain: their errors are cumulative. Both are taken over the recorded elements;
     the final output is compared whole.
+
+    Args:
+        inputs: those of each recorded case.
     """
     compute = getattr(torch, contract.outputs[0].dtype)
-    values = [dict(reference.inputs(i)) for i in range(len(reference.cases))]
+    values = [dict(case) for case in inputs]
     exact = [{**inputs, "conditioning": reference.conditioning(i).to(compute)} for i, inputs in enumerate(values)]
     last_use = _last_uses(calls, contract)
     checks: list[Check] = []

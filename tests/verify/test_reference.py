@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mmdit_deploy.contract import Contract
+from mmdit_deploy.checkpoint.weights import RandomWeights
+from mmdit_deploy.contract import Contract, Range
 from mmdit_deploy.errors import BundleError
+from mmdit_deploy.export import ExportRequest
+from mmdit_deploy.families import preset, with_residuals
 from mmdit_deploy.model import calls
 from mmdit_deploy.spec import PRECISIONS, ModelSpec, from_depth
 from mmdit_deploy.verification import verify_bundle
@@ -89,7 +92,8 @@ def test_the_default_cases_of_real_models_fit(tmp_path: Path, depth: int, comput
     assert (tmp_path / "reference.safetensors").stat().st_size <= MAX_BYTES
 
 
-def test_cases_that_do_not_fit_are_left_out_from_the_end(tmp_path: Path) -> None:
+def test_cases_that_do_not_fit_are_left_out_from_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "MAX_INPUT_BYTES", MAX_BYTES)
     recorder = _recorder(24, "fp32", thorough=True)
     count = recorder.write(tmp_path)
     assert 9 <= count < 18
@@ -101,7 +105,7 @@ def test_cases_that_do_not_fit_are_left_out_from_the_end(tmp_path: Path) -> None
 
 
 def test_there_is_no_file_where_no_case_fits(tmp_path: Path) -> None:
-    recorder = _recorder(2, "fp32", (Case(4, 64, 64, 512, 500.0),))
+    recorder = _recorder(2, "fp32", (Case(4, 128, 128, 512, 500.0),))  # its sample alone has 16.8 MB
     assert recorder.write(tmp_path) == 0
     assert list(tmp_path.iterdir()) == []
 
@@ -148,3 +152,31 @@ def test_a_broken_header_is_a_bundle_error(tmp_path: Path, copy_of: Callable[[st
     path.write_bytes(data.replace(b'"cases"', b'"casus"'))
     with pytest.raises(BundleError, match="lists its cases"):
         Reference(path)
+
+
+def test_the_largest_inputs_are_made_again(
+    quick_export: Callable[[ExportRequest], Any],
+    tiny_families: Mapping[str, ModelSpec],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A ControlNet's residuals at real size would leave no room for a case."""
+    spec = tiny_families["sd3-controlnet"]
+    monkeypatch.setattr("mmdit_deploy.verify.reference.MAX_INPUT_BYTES", 5000)
+    ranges = {"batch": Range(1, 1, 2), "img_tokens": Range(4, 16, 48), "txt_tokens": Range(1, 8, 16)}
+    path = quick_export(
+        ExportRequest(spec, RandomWeights(0), PRECISIONS["fp16"], out=tmp_path / "b", ranges=ranges)
+    ).path
+    kept = Reference(path / "reference.safetensors")
+    assert kept.cases and not any("block_controlnet_hidden_states" in kept.inputs(i) for i in range(len(kept.cases)))
+    assert verify_bundle(path).passed
+
+
+def test_a_controlnet_of_real_size_leaves_cases(tmp_path: Path) -> None:
+    spec = with_residuals(preset("sd3.5-large"), 19)
+    cases = default_cases(Contract.of(spec, PRECISIONS["fp16"]))[:1]
+    recorder = ReferenceRecorder(cases)
+    recorder.inputs([case_inputs(case, Contract.of(spec, PRECISIONS["fp16"]), spec) for case in cases])
+    for name in ("conditioning", "sample"):
+        recorder.outputs(0, [name], [torch.zeros(1, 256, 64)])
+    assert recorder.write(tmp_path) == 1
