@@ -65,7 +65,10 @@ def modulate(x_BNC: Tensor, shift_B1C: Tensor, scale_B1C: Tensor) -> Tensor:
 
 
 def clip_fp16(x: Tensor) -> Tensor:
-    """In fp16 an overflow becomes the largest finite number (diffusers' FLUX and Qwen-Image); elsewhere nothing."""
+    """In fp16 an overflow becomes the largest finite number (diffusers' FLUX and Qwen-Image); elsewhere nothing.
+
+    Here both streams; diffusers' FLUX clips the text stream of a joint block alone, and an Inf in the other would spread.
+    """
     return x.clamp(-FP16_MAX, FP16_MAX) if x.dtype == torch.float16 else x
 
 
