@@ -67,7 +67,7 @@ def modulate(x_BNC: Tensor, shift_B1C: Tensor, scale_B1C: Tensor) -> Tensor:
 def clip_fp16(x: Tensor) -> Tensor:
     """In fp16 an overflow becomes the largest finite number (diffusers' FLUX and Qwen-Image); elsewhere nothing.
 
-    Here both streams; diffusers' FLUX clips the text stream of a joint block alone, and an Inf in the other would spread.
+    Here both streams: diffusers' FLUX clips a joint block's text alone, and an Inf in the image would spread.
     """
     return x.clamp(-FP16_MAX, FP16_MAX) if x.dtype == torch.float16 else x
 
