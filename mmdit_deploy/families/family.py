@@ -154,3 +154,21 @@ def rope_axes(head_dim: int) -> tuple[int, int, int]:
     """
     first = max(4, head_dim // 32 * 4)
     return first, (head_dim - first) // 2, (head_dim - first) // 2
+
+
+def packed_fields(c: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config says about the spec in families that take packed latents, rotate positions and time 0 to 1."""
+    return dict(
+        depth=c["num_layers"],
+        num_heads=c["num_attention_heads"],
+        head_dim=c["attention_head_dim"],
+        latent_channels=c["in_channels"],
+        out_channels=c["patch_size"] ** 2 * (c["out_channels"] or c["in_channels"]),
+        patch_size=1,  # latents are packed before the model
+        txt_dim=c["joint_attention_dim"],
+        time_scale=1000.0,
+        text_ends=False,
+        fp16_clip=True,
+        rope_axes=tuple(c["axes_dims_rope"]),
+        pos_max_size=0,
+    )

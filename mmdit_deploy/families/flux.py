@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from mmdit_deploy.families.family import Keys, joint_attention, mlp
+from typing import Any
+
+from mmdit_deploy.families.family import Keys, Shapes, blocks_of, joint_attention, mlp
 
 SINGLE = "single_transformer_blocks.*"
 
@@ -35,4 +37,20 @@ def streams_and_head(mlp_layers: tuple[str, str]) -> tuple[Keys, ...]:
         Keys("single_blocks.*.norm_k", (f"{SINGLE}.attn.norm_k",), "single_blocks.*.norm.key_norm", scale=True),
         Keys("final_modulation.proj", ("norm_out.linear",), "final_layer.adaLN_modulation.1", swapped="always"),
         Keys("final.proj", ("proj_out",), "final_layer.linear"),
+    )
+
+
+def infer_sizes(shapes: Shapes) -> dict[str, Any]:
+    """What tensors say about the config, in both."""
+    width, in_channels = shapes["x_embedder.weight"]
+    (head_dim,) = shapes["transformer_blocks.0.attn.norm_q.weight"]
+    out_channels = shapes["proj_out.weight"][0]
+    return dict(
+        in_channels=in_channels,
+        out_channels=None if out_channels == in_channels else out_channels,
+        num_layers=blocks_of(shapes, "transformer_blocks"),
+        num_single_layers=blocks_of(shapes, "single_transformer_blocks"),
+        attention_head_dim=head_dim,
+        num_attention_heads=width // head_dim,
+        joint_attention_dim=shapes["context_embedder.weight"][1],
     )

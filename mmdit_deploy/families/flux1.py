@@ -7,8 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from mmdit_deploy.families.family import BLOCK, Family, Grid, Ids, Keys, Shapes, blocks_of, grid, joined, rope_axes
-from mmdit_deploy.families.flux import SINGLE, embedder, streams_and_head
+from mmdit_deploy.families.family import (
+    BLOCK,
+    Family,
+    Grid,
+    Ids,
+    Keys,
+    Shapes,
+    grid,
+    joined,
+    packed_fields,
+    rope_axes,
+)
+from mmdit_deploy.families.flux import SINGLE, embedder, infer_sizes, streams_and_head
 from mmdit_deploy.spec import ModelSpec
 
 KEYS = (
@@ -30,41 +41,18 @@ KEYS = (
 
 def spec_fields(c: Mapping[str, Any]) -> dict[str, Any]:
     """What a config says about the spec."""
-    return dict(
-        depth=c["num_layers"],
-        single_depth=c["num_single_layers"],
-        num_heads=c["num_attention_heads"],
-        head_dim=c["attention_head_dim"],
-        latent_channels=c["in_channels"],
-        out_channels=c["patch_size"] ** 2 * (c["out_channels"] or c["in_channels"]),
-        patch_size=1,  # latents are packed before the model
-        txt_dim=c["joint_attention_dim"],
-        pooled_dim=c["pooled_projection_dim"],
-        guidance=c["guidance_embeds"],
-        time_scale=1000.0,
-        text_ends=False,
-        fp16_clip=True,
-        rope_axes=tuple(c["axes_dims_rope"]),
-        pos_max_size=0,
+    return packed_fields(c) | dict(
+        single_depth=c["num_single_layers"], pooled_dim=c["pooled_projection_dim"], guidance=c["guidance_embeds"]
     )
 
 
 def infer_config(shapes: Shapes) -> dict[str, Any]:
     """The config of tensors; RoPE's axes in the proportions of the published models."""
-    width, in_channels = shapes["x_embedder.weight"]
-    (head_dim,) = shapes["transformer_blocks.0.attn.norm_q.weight"]
-    out_channels = shapes["proj_out.weight"][0]
-    return dict(
-        in_channels=in_channels,
-        out_channels=None if out_channels == in_channels else out_channels,
-        num_layers=blocks_of(shapes, "transformer_blocks"),
-        num_single_layers=blocks_of(shapes, "single_transformer_blocks"),
-        attention_head_dim=head_dim,
-        num_attention_heads=width // head_dim,
-        joint_attention_dim=shapes["context_embedder.weight"][1],
+    sizes = infer_sizes(shapes)
+    return sizes | dict(
         pooled_projection_dim=shapes["time_text_embed.text_embedder.linear_1.weight"][1],
         guidance_embeds="time_text_embed.guidance_embedder.linear_1.weight" in shapes,
-        axes_dims_rope=rope_axes(head_dim),
+        axes_dims_rope=rope_axes(sizes["attention_head_dim"]),
     )
 
 

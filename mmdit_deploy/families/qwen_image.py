@@ -18,6 +18,7 @@ from mmdit_deploy.families.family import (
     grid,
     joint_attention,
     mlp,
+    packed_fields,
     rope_axes,
 )
 from mmdit_deploy.spec import ModelSpec
@@ -44,23 +45,11 @@ KEYS = (
 
 def spec_fields(c: Mapping[str, Any]) -> dict[str, Any]:
     """What a config says about the spec."""
-    return dict(
-        depth=c["num_layers"],
-        num_heads=c["num_attention_heads"],
-        head_dim=c["attention_head_dim"],
-        latent_channels=c["in_channels"],
-        out_channels=c["patch_size"] ** 2 * (c["out_channels"] or c["in_channels"]),
-        patch_size=1,  # latents are packed before the model
-        txt_dim=c["joint_attention_dim"],
+    return packed_fields(c) | dict(
         pooled_dim=0,
-        time_scale=1000.0,
         txt_norm=True,
         txt_mask=True,
         still_references=c["zero_cond_t"],
-        text_ends=False,
-        fp16_clip=True,
-        rope_axes=tuple(c["axes_dims_rope"]),
-        pos_max_size=0,
     )
 
 
