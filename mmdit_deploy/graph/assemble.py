@@ -9,7 +9,8 @@ import onnx_ir as ir
 import torch
 
 from mmdit_deploy.contract import Contract, TensorSpec
-from mmdit_deploy.graph.trace import DOMAIN, OPSET, one_operator_registry, trace
+from mmdit_deploy.graph.named_functions import DOMAIN
+from mmdit_deploy.graph.trace import OPSET, one_operator_registry, trace
 from mmdit_deploy.model import Call
 
 IR_VERSION = 11  # the first with opset 23; functions carry value_info since 10

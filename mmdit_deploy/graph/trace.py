@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmdit_deploy.errors import GraphError
 from mmdit_deploy.graph.axis_names import name_axes
+from mmdit_deploy.graph.named_functions import DOMAIN
 from mmdit_deploy.model import Kind
 
-DOMAIN = "mmdit"
 OPSET = 23  # the first with Attention, RMSNormalization and RotaryEmbedding
 # Examples of 0 or 1 would be baked in; unlike sizes keep the axes apart.
 EXAMPLE_SIZES = {"batch": 3, "img_tokens": 37, "txt_tokens": 11}
