@@ -58,7 +58,7 @@ def define(model: ir.Model) -> int:
     Returns:
         How many were added.
     """
-    scopes = [model.graph, *model.functions.values()]
+    scopes: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
     called = {node.op_type for scope in scopes for node in scope.all_nodes() if node.domain == DOMAIN}
     missing = [n for n in _DEFINITIONS if n in called and (DOMAIN, n, "") not in model.functions]
     for name in missing:

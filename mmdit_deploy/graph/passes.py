@@ -1,4 +1,4 @@
-"""How a pass over a graph looks: it changes the model in place, returns a count, and says what it left alone and why."""
+"""How a pass over a graph looks: it changes the model in place, returns a count, and says what it left and why."""
 
 from __future__ import annotations
 

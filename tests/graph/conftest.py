@@ -47,7 +47,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def execute(model: onnx.ModelProto, seed: int = 0) -> list[np.ndarray]:
-    """All outputs in ONNX Runtime on CPU, as written, for inputs made from a seed; each symbolic axis has its own size."""
+    """All outputs in ONNX Runtime on CPU, as written, for inputs made from a seed; symbolic axes have unlike sizes."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
