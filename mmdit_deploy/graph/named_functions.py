@@ -44,7 +44,7 @@ NAMED_FUNCTIONS = tuple(_DEFINITIONS)
 @functools.cache
 def _definition(name: str) -> ir.Function:
     header = f'<domain: "{DOMAIN}", opset_import: ["": {_OPSET}]>\n'
-    return ir.from_proto(onnx.parser.parse_function(f"{header}{name} {_DEFINITIONS[name]}"))
+    return ir.serde.deserialize_function(onnx.parser.parse_function(f"{header}{name} {_DEFINITIONS[name]}"))
 
 
 def is_named_function(function: ir.Function) -> bool:
