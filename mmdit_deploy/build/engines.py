@@ -12,9 +12,11 @@ import onnx_ir as ir
 from mmdit_deploy.build.build_log import BuildLog
 from mmdit_deploy.build.engine_builder import BuiltEngine, build_engine
 from mmdit_deploy.build.flavours import Flavour
+from mmdit_deploy.build.floor import Floor, floors
 from mmdit_deploy.build.gate import check_fusion
 from mmdit_deploy.build.layers import EngineLayer, kernels_by_call, kernels_by_type
 from mmdit_deploy.build.layers_file import write_layers
+from mmdit_deploy.build.opt_sizes import at_opt
 from mmdit_deploy.build.progress import BuildProgress
 from mmdit_deploy.build.records import EngineRecord, SegmentRecord
 from mmdit_deploy.build.targets import Target, dialect_of, execution_of
@@ -98,8 +100,10 @@ def build_target(
                 expected = implied_by_call(spec, run)
                 profiles = len(contract.profiles)
                 attentions = check_fusion(graph, built.layers, expected, fused=fused, profiles=profiles, what=what)
-            layers[file], files[file] = built.layers, built.file
-            records.append(_segment_record(file, run, graph, built, attentions))
+            layers[file], files[file] = at_opt(built.layers, graph, contract.profiles), built.file
+            opts = [{axis: sizes.opt for axis, sizes in profile.items()} for profile in contract.profiles]
+            least = tuple(floors(spec, opt, precision.itemsize, run) for opt in opts)
+            records.append(_segment_record(file, run, graph, built, attentions, least))
     record = EngineRecord(
         target=target.name,
         flavour=flavour.name,
@@ -117,7 +121,12 @@ def build_target(
 
 
 def _segment_record(
-    file: str, calls: Sequence[str], graph: onnx.ModelProto, built: BuiltEngine, attentions: Mapping[str, int]
+    file: str,
+    calls: Sequence[str],
+    graph: onnx.ModelProto,
+    built: BuiltEngine,
+    attentions: Mapping[str, int],
+    least: tuple[Mapping[str, Floor], ...],
 ) -> SegmentRecord:
     return SegmentRecord(
         file=file,
@@ -130,6 +139,7 @@ def _segment_record(
         fused_attentions=attentions,
         seconds=built.seconds,
         activation_bytes=built.activation_bytes,
+        floors=least,
     )
 
 

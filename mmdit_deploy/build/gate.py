@@ -16,6 +16,7 @@ from mmdit_deploy.build.build_log import REPORT
 from mmdit_deploy.build.layers import EngineLayer
 from mmdit_deploy.errors import GraphError
 from mmdit_deploy.graph.census import OPS
+from mmdit_deploy.graph.lower.joint_qk_norm import NORMS
 
 Source = tuple[str, str]  # a node and the call that it is in, as `EngineLayer.sources` has them
 Expected = Mapping[str, Mapping[str, int]]  # nodes by call and op
@@ -78,10 +79,11 @@ def check_fusion(
 
 @dataclass(frozen=True)
 class _Node:
-    """A node of the graph, and the nodes of its scope that read its outputs; casts are looked through."""
+    """A node of the graph, and the nodes that read its outputs, also in functions; casts are looked through."""
 
     op: str
     readers: tuple[Source, ...]
+    count: int = 1  # of that op: one reduction may be several norms
 
 
 def _nodes(graph: onnx.ModelProto) -> dict[Source, _Node]:
@@ -89,32 +91,43 @@ def _nodes(graph: onnx.ModelProto) -> dict[Source, _Node]:
     functions = {f.name: f for f in graph.functions}
     nodes: dict[Source, _Node] = {}
 
-    def add(scope: Sequence[onnx.NodeProto], call: str, prefix: str) -> None:
+    def add(scope: Sequence[onnx.NodeProto], call: str, prefix: str, function: str = "") -> None:
         for node in scope:
             if node.op_type in functions:
-                add(functions[node.op_type].node, call or node.name, f"{prefix}{node.name}/" if call else "")
+                inner = f"{prefix}{node.name}/" if call else ""
+                add(functions[node.op_type].node, call or node.name, inner, node.op_type)
             else:
-                readers = tuple((prefix + name, call) for value in node.output for name in _readers(scope, value))
-                nodes[prefix + node.name, call] = _Node(node.op_type, readers)
+                readers = tuple(
+                    (prefix + name, call) for value in node.output for name in _readers(scope, value, functions)
+                )
+                norms = NORMS.get(function, 0) if node.op_type == "ReduceMean" else 0
+                made = _Node("RMSNormalization", readers, norms) if norms else _Node(node.op_type, readers)
+                nodes[prefix + node.name, call] = made
 
     add(graph.graph.node, "", "")
     return nodes
 
 
-def _readers(scope: Sequence[onnx.NodeProto], value: str) -> Iterator[str]:
+def _readers(scope: Sequence[onnx.NodeProto], value: str, functions: Mapping[str, onnx.FunctionProto]) -> Iterator[str]:
     for node in scope:
-        if value in node.input:
-            if node.op_type == "Cast":
-                yield from _readers(scope, node.output[0])
-            else:
-                yield node.name
+        if value not in node.input:
+            continue
+        if node.op_type == "Cast":
+            yield from _readers(scope, node.output[0], functions)
+        elif node.op_type in functions:
+            body = functions[node.op_type]
+            for given, taken in zip(node.input, body.input, strict=False):
+                if given == value:
+                    yield from (f"{node.name}/{name}" for name in _readers(body.node, taken, functions))
+        else:
+            yield node.name
 
 
 def _missing(nodes: Mapping[Source, _Node], expected: Expected) -> Iterator[str]:
     """What the spec implies and the graph lacks, or has too much of."""
     names: dict[tuple[str, str], list[str]] = defaultdict(list)
     for (name, call), node in nodes.items():
-        names[call, node.op].append(name)
+        names[call, node.op] += [name] * node.count
     found = {call for _, call in nodes}
     for call in dict.fromkeys([*expected, *sorted(found)]):
         if call not in found:

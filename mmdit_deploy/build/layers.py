@@ -30,7 +30,8 @@ _FUSED_ATTENTION = re.compile(r"(__mye\d+)?_gem[mv]_mha_v\d")
 _EXPONENTIAL = re.compile(r"Exp(?![a-z])")
 
 _LINE = re.compile(
-    r"Name: (?P<name>.*), LayerType: (?P<type>\S+), Inputs: \[(?P<inputs>.*?)\], Constants: \[.*\], "
+    r"Name: (?P<name>.*), LayerType: (?P<type>\S+), Inputs: \[(?P<inputs>.*?)\], "
+    r"Constants: \[(?P<constants>.*)\], "
     r"Outputs: \[(?P<outputs>.*?)\], TacticName: (?P<tactic>.*?), StreamId: .*?, Metadata: (?P<metadata>.*)"
 )
 _TENSOR = re.compile(r"\{ Name: (.*?), Dimensions: \[([^\]]*)\],.*? Datatype: (\w+),")
@@ -43,11 +44,19 @@ _PROFILE = re.compile(r"\[profile (\d+)\]")
 
 @dataclass(frozen=True)
 class LayerTensor:
-    """One input or output of a layer: axes of unknown size are −1, the dtype is TensorRT's word, e.g. ``Half``."""
+    """One tensor that a layer reads or writes.
+
+    Args:
+        dims: of what the layer takes of it, which may be a slice; axes of unknown size are −1.
+        dtype: TensorRT's word, e.g. ``Half``.
+        elements: how many it reads or writes at the profile's opt shape, from `mmdit_deploy.build.opt_sizes`; None
+            where that is not known.
+    """
 
     name: str
     dims: tuple[int, ...]
     dtype: str
+    elements: int | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,9 @@ class EngineLayer:
             nodes of the main graph. A node of a nested function is named ``inner_call/node``.
         inputs, outputs: its tensors; constants are not among them.
         tactic: the kernel's name, where there is one.
+        constants: weights, and what was computed of them; None where the list does not say them.
+        flops: at the profile's opt shape, those of matrix products alone, from `mmdit_deploy.build.opt_sizes`; None
+            where they are not known.
     """
 
     name: str
@@ -71,6 +83,8 @@ class EngineLayer:
     inputs: tuple[LayerTensor, ...]
     outputs: tuple[LayerTensor, ...]
     tactic: str
+    constants: tuple[LayerTensor, ...] | None = None
+    flops: int | None = None
 
     @property
     def is_kernel(self) -> bool:
@@ -91,7 +105,7 @@ class EngineLayer:
 
     def to_json(self) -> dict[str, Any]:
         def tensors(of: Iterable[LayerTensor]) -> list[list[Any]]:
-            return [[t.name, list(t.dims), t.dtype] for t in of]
+            return [[t.name, list(t.dims), t.dtype, t.elements] for t in of]
 
         return {
             "name": self.name,
@@ -99,20 +113,24 @@ class EngineLayer:
             "profile": self.profile,
             "sources": [list(source) for source in self.sources],
             "inputs": tensors(self.inputs),
+            "constants": None if self.constants is None else tensors(self.constants),
             "outputs": tensors(self.outputs),
             "tactic": self.tactic,
+            "flops": self.flops,
         }
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> EngineLayer:
-        """Read what `to_json` wrote.
+        """Read what `to_json` wrote, or wrote before there were elements, constants and FLOPs.
 
         Raises:
             KeyError, TypeError, ValueError: it is something else.
         """
 
         def tensors(of: Iterable[Any]) -> tuple[LayerTensor, ...]:
-            return tuple(LayerTensor(name, tuple(dims), dtype) for name, dims, dtype in of)
+            return tuple(LayerTensor(name, tuple(dims), dtype, *elements) for name, dims, dtype, *elements in of)
+
+        constants = data.get("constants")
 
         return EngineLayer(
             data["name"],
@@ -122,6 +140,8 @@ class EngineLayer:
             tensors(data["inputs"]),
             tensors(data["outputs"]),
             data["tactic"],
+            None if constants is None else tensors(constants),
+            data.get("flops"),
         )
 
 
@@ -138,9 +158,9 @@ def parse_layer_list(text: str) -> tuple[EngineLayer, ...]:
         match = _LINE.fullmatch(line)
         if match is None:
             raise _unreadable("the builder's log", line[:200])
-        name, type_, inputs, outputs, tactic, metadata = match.groups()
-        sources = _sources(metadata)
-        entries.append(EngineLayer(name, type_, 0, sources, _log_tensors(inputs), _log_tensors(outputs), tactic))
+        name, type_, inputs, constants, outputs, tactic, metadata = match.groups()
+        read, fixed, made = map(_log_tensors, (inputs, constants, outputs))
+        entries.append(EngineLayer(name, type_, 0, _sources(metadata), read, made, tactic, fixed))
     if not entries:
         raise _unreadable("the builder's log", "no layer list")
     return _with_profiles(entries)
@@ -166,6 +186,7 @@ def parse_inspector(text: str) -> tuple[EngineLayer, ...]:
                 _json_tensors(layer["Inputs"]),
                 _json_tensors(layer["Outputs"]),
                 layer.get("TacticName", ""),
+                _json_tensors(layer["Constants"]) if "Constants" in layer else None,
             )
             for layer in json.loads(text, strict=False)["Layers"]
         ]
@@ -194,13 +215,18 @@ def kernels_by_call(layers: Iterable[EngineLayer], calls: Sequence[str]) -> dict
     Returns:
         Counts of the calls that have kernels, in that order, and under ``engine`` what belongs to none of them.
     """
+    return {call: len(kernels) for call, kernels in by_call(layers, calls).items()}
+
+
+def by_call(layers: Iterable[EngineLayer], calls: Sequence[str]) -> dict[str, list[EngineLayer]]:
+    """Kernels of each call that has some, as `kernels_by_call` counts them."""
     position = {call: i for i, call in enumerate(calls)}
-    counts: Counter[str] = Counter()
+    found: dict[str, list[EngineLayer]] = {call: [] for call in [*calls, ENGINE]}
     for layer in layers:
         if layer.is_kernel:
             votes = Counter(call for _, call in layer.sources if call in position)
-            counts[max(votes, key=lambda call: (votes[call], position[call]), default=ENGINE)] += 1
-    return {call: counts[call] for call in [*calls, ENGINE] if counts[call]}
+            found[max(votes, key=lambda call: (votes[call], position[call]), default=ENGINE)].append(layer)
+    return {call: kernels for call, kernels in found.items() if kernels}
 
 
 def _sources(metadata: str) -> tuple[tuple[str, str], ...]:

@@ -20,7 +20,8 @@ from mmdit_deploy.checkpoint.strict_json import parse_json_object, quote
 from mmdit_deploy.errors import BundleError, CheckpointError
 
 FILE_NAME = "layers.json"
-FORMAT = 1
+FORMAT = 2
+_WITHOUT_SIZES = 1  # the format before elements, constants and FLOPs: still read
 _MAX_BYTES = 32 * 2**20  # 24 blocks take 0.3 MB a profile
 _REMEDY = "copy the bundle again, or export it again"
 
@@ -47,6 +48,7 @@ _SEGMENT = {
     "fused_attentions": _COUNTS,
     "seconds": float,
     "activation_bytes": _Maybe(_COUNT),
+    "floors": _Maybe([{str: {"bytes": _COUNT, "flops": _COUNT}}]),
 }
 _ENGINE = {
     "execution": str,
@@ -61,6 +63,7 @@ _ENGINE = {
     "segments": [_SEGMENT],
 }
 _LAYER_TENSOR = (str, [range(-(2**63), 2**63)], str)
+_SIZED_TENSOR = (*_LAYER_TENSOR, _Maybe(_COUNT))
 _LAYER = {
     "name": str,
     "type": str,
@@ -70,7 +73,20 @@ _LAYER = {
     "outputs": [_LAYER_TENSOR],
     "tactic": str,
 }
-_DOCUMENT = {"target": str, "engine": dict, "files": {str: {"bytes": _COUNT, "sha256": str, "layers": [_LAYER]}}}
+_SIZED_LAYER = {
+    **_LAYER,
+    "inputs": [_SIZED_TENSOR],
+    "constants": _Maybe([_SIZED_TENSOR]),
+    "outputs": [_SIZED_TENSOR],
+    "flops": _Maybe(_COUNT),
+}
+
+
+def _document(layer: Any) -> dict[str, Any]:
+    return {"target": str, "engine": dict, "files": {str: {"bytes": _COUNT, "sha256": str, "layers": [layer]}}}
+
+
+_DOCUMENTS = {_WITHOUT_SIZES: _document(_LAYER), FORMAT: _document(_SIZED_LAYER)}
 
 
 @dataclass(frozen=True)
@@ -138,13 +154,13 @@ def read_layers(path: Path) -> tuple[EngineRecord, tuple[EngineFile, ...]]:
     """
     document = _read_json(path)
     version = document.get("format")
-    if type(version) is not int or version != FORMAT:
+    if type(version) is not int or version not in _DOCUMENTS:
         raise BundleError(
-            f"{path} must have format {FORMAT}, the one that this version reads",
+            f"{path} must have one of the formats that this version reads, {', '.join(map(str, _DOCUMENTS))}",
             received=f"format {quote(version)}",
             fix="use the version of mmdit-deploy that wrote the bundle, or export it again with this one",
         )
-    problem = _mismatch(document, _DOCUMENT, "")
+    problem = _mismatch(document, _DOCUMENTS[version], "")
     if problem is not None:
         raise _malformed(str(path), problem)
     record = read_record(document["target"], document["engine"], str(path))
@@ -189,6 +205,8 @@ def read_record(target: str, data: Mapping[str, Any], where: str) -> EngineRecor
         raise _malformed(where, "no segment, no profile, or a segment without calls")
     if not all(1 <= r.min <= r.opt <= r.max for profile in record.profiles for r in profile.values()):
         raise _malformed(where, f"the profiles {quote(data['profiles'])}")
+    if any(len(segment.floors) not in (0, len(record.profiles)) for segment in record.segments):
+        raise _malformed(where, f"floors of another number than the {len(record.profiles)} profiles")
     return record
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mmdit_deploy.build.floor import Floor
 from mmdit_deploy.contract import Profile, TensorSpec, profile_from_json, profile_to_json
 
 
@@ -24,6 +25,8 @@ class SegmentRecord:
         seconds: that building it took.
         activation_bytes: memory that running it takes besides weights, at the largest sizes; None where TensorRT does
             not say.
+        floors: by profile, what each block moves and computes at least at the opt shape; none where a version wrote the
+            record that did not know it.
     """
 
     file: str
@@ -36,6 +39,7 @@ class SegmentRecord:
     fused_attentions: Mapping[str, int]
     seconds: float
     activation_bytes: int | None = None
+    floors: tuple[Mapping[str, Floor], ...] = ()
 
     @property
     def kernels(self) -> int:
@@ -56,6 +60,7 @@ class SegmentRecord:
             "fused_attentions": dict(self.fused_attentions),
             "seconds": round(self.seconds, 1),
             "activation_bytes": self.activation_bytes,
+            "floors": [{call: floor.to_json() for call, floor in floors.items()} for floors in self.floors],
         }
 
     @staticmethod
@@ -76,6 +81,9 @@ class SegmentRecord:
             data["fused_attentions"],
             data["seconds"],
             data.get("activation_bytes"),
+            tuple(
+                {call: Floor.from_json(floor) for call, floor in floors.items()} for floors in data.get("floors") or ()
+            ),
         )
 
 

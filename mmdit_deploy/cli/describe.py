@@ -17,13 +17,10 @@ from mmdit_deploy.cli.describe_bundle import describe_bundle
 from mmdit_deploy.cli.describe_checkpoint import describe_checkpoint, describe_safetensors
 from mmdit_deploy.cli.describe_engine import describe_engine
 from mmdit_deploy.errors import UsageError
-from mmdit_deploy.graph.onnx_file import (
-    executed_ops,
-    external_files,
-    inline_bytes,
-    is_beside_model,
-    read_onnx,
-)
+from mmdit_deploy.graph.calls import executed_ops
+from mmdit_deploy.graph.external_data import external_files, is_beside_model
+from mmdit_deploy.graph.onnx_file import inline_bytes, read_onnx
+from mmdit_deploy.graph.well_formed import check_well_formed
 
 _CHECKPOINT_MARKS = ("config.json", "model_index.json", "transformer")
 
@@ -68,11 +65,12 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
 def describe_onnx(path: Path) -> dict[str, Any]:
     """An ONNX file; its external weights are looked up, not read.
 
+    ``problem`` says what is not as it must be in a model that can be parsed, else it is None.
+
     Raises:
-        UsageError: it is no whole ONNX model.
+        UsageError: it is no whole ONNX model, or its functions call each other in a circle.
     """
     model = read_onnx(path)
-
     constants = {initializer.name for initializer in model.graph.initializer}
     return {
         "kind": "onnx",
@@ -97,7 +95,16 @@ def describe_onnx(path: Path) -> dict[str, Any]:
             }
             for file in external_files(model)
         ],
+        "problem": _problem(model, path.parent),
     }
+
+
+def _problem(model: onnx.ModelProto, folder: Path) -> str | None:
+    try:
+        check_well_formed(model, folder)
+    except UsageError as error:
+        return str(error)
+    return None
 
 
 def _onnx_tensor(value: onnx.ValueInfoProto) -> dict[str, Any]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mmdit_deploy.build import EngineRecord
-from mmdit_deploy.build.layers_file import read_record
+from mmdit_deploy.build.layers_file import FILE_NAME, read_layers, read_record
 from mmdit_deploy.bundle import Bundle, open_bundle
 from mmdit_deploy.bundle.manifest import MANIFEST
 from mmdit_deploy.checkpoint.strict_json import parse_json_object
+from mmdit_deploy.cli.describe_traffic import describe_traffic, gpus_data
 from mmdit_deploy.errors import BundleError
 
 
@@ -21,7 +22,7 @@ def describe_bundle(path: Path) -> dict[str, Any]:
         BundleError: it is not whole, or not what its manifest says.
     """
     bundle = open_bundle(path)
-    _check_engines(bundle)
+    records = _records(bundle)
     fields = bundle.manifest.fields
     files = {name: record.size for name, record in sorted(bundle.manifest.files.items())}
     return {
@@ -33,6 +34,8 @@ def describe_bundle(path: Path) -> dict[str, Any]:
         "spec": bundle.spec.to_json(),
         "contract": bundle.contract.to_json(),
         "engines": fields["engines"],
+        "traffic": {record.target: _traffic(record, bundle) for record in records},
+        "gpus": {record.target: gpus_data(record) for record in records},
         "verdicts": _verdicts(bundle),
         "versions": _mapping(fields.get("versions")),
         "files": files,
@@ -45,16 +48,45 @@ def is_tensorrt(entry: Mapping[str, Any]) -> bool:
     return "segments" in entry or "flavour" in entry
 
 
-def _check_engines(bundle: Bundle) -> None:
-    """Check what a bundle's manifest says of its TensorRT targets, so that it can be counted with.
+def _records(bundle: Bundle) -> list[EngineRecord]:
+    """What a bundle's manifest says of its TensorRT targets, checked, so that it can be counted with.
 
     Raises:
         BundleError: it is no record of a build, or of files that are not in the bundle.
     """
     manifest = bundle.path / MANIFEST
-    for target, entry in bundle.manifest.fields["engines"].items():
-        if is_tensorrt(entry):
-            _check_files(read_record(target, entry, str(manifest)), bundle, manifest)
+    records = [
+        read_record(target, entry, str(manifest))
+        for target, entry in bundle.manifest.fields["engines"].items()
+        if is_tensorrt(entry)
+    ]
+    for record in records:
+        _check_files(record, bundle, manifest)
+    return records
+
+
+def _traffic(record: EngineRecord, bundle: Bundle) -> list[dict[str, Any]]:
+    """What a target's kernels move, by profile: from its `layers.json`, where the bundle has one.
+
+    Raises:
+        BundleError: it is broken, or about another build than the manifest.
+    """
+    beside = f"{PurePosixPath(record.segments[0].file).parent}/{FILE_NAME}"
+    if beside not in bundle.manifest.files:
+        return []
+    path = bundle.file(beside)
+    built, files = read_layers(path)
+    if _shape(built) != _shape(record):
+        raise BundleError(
+            f"{path} is about the engine files and profiles in the manifest",
+            received=f"others, of the target {ascii(built.target)[:80]}",
+            fix="copy the bundle again, or export it again",
+        )
+    return describe_traffic(record, files, kernels=False)
+
+
+def _shape(record: EngineRecord) -> tuple[Any, ...]:
+    return record.profiles, tuple((segment.file, segment.nbytes, segment.calls) for segment in record.segments)
 
 
 def _check_files(record: EngineRecord, bundle: Bundle, manifest: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mmdit_deploy.build.layers_file import FILE_NAME, read_layers
 from mmdit_deploy.bundle.files import FileRecord, hash_files
+from mmdit_deploy.cli.describe_traffic import describe_traffic, gpus_data
 from mmdit_deploy.errors import BundleError, UsageError
 
 
@@ -15,7 +16,8 @@ def describe_engine(path: Path) -> dict[str, Any]:
 
     Returns:
         JSON values: ``engine`` is the target's `EngineRecord`, ``segment`` the file's index in its ``segments``, and
-        ``layers`` are all `EngineLayer` of the file, those of all profiles.
+        ``layers`` are all `EngineLayer` of the file, those of all profiles. ``traffic`` is what its kernels move, by
+        profile, from `describe_traffic`, and ``gpus`` are those that the estimates in it are for.
 
     Raises:
         UsageError: it is no file, or has no `layers.json` beside it.
@@ -56,6 +58,8 @@ def describe_engine(path: Path) -> dict[str, Any]:
         "target": record.target,
         "engine": record.to_json(),
         "segment": position,
+        "traffic": describe_traffic(record, [file], kernels=True),
+        "gpus": gpus_data(record),
         "layers": [layer.to_json() for layer in file.layers],
     }
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -14,6 +12,8 @@ from mmdit_deploy.build import EngineRecord, SegmentRecord
 from mmdit_deploy.build.layers import EngineLayer, kernels_by_call, kernels_by_type
 from mmdit_deploy.build.layers_file import FILE_NAME
 from mmdit_deploy.cli.plain import in_units, plain, shown_axes, titled
+from mmdit_deploy.cli.runs import first_to_last, runs
+from mmdit_deploy.cli.traffic_text import traffic_text
 
 _LISTED = 12  # kinds of kernel
 # Myelin's own names: the operations in the kernel, and a suffix for each kernel. Others are named after ONNX nodes.
@@ -54,7 +54,7 @@ def engine_file_text(data: dict[str, Any]) -> list[str]:
                 ("for", _built_for(record)),
                 ("execution", record.execution),
                 ("segment", f"{data['segment'] + 1} of {len(record.segments)}"),
-                ("calls", f"{_first_to_last(segment.calls)} ({len(segment.calls)})"),
+                ("calls", f"{first_to_last(segment.calls)} ({len(segment.calls)})"),
                 ("in", f"{segment.seconds:.1f} s"),
                 ("activations", _activations(segment)),
             ],
@@ -83,13 +83,22 @@ def engine_file_text(data: dict[str, Any]) -> list[str]:
             ],
         ),
         titled("most frequent kernels", names.most_common(_LISTED)),
+        *traffic_text(data["traffic"], segment.calls, segment.fused_attentions),
         f"layers: {len(layers)}, of which {sum(layer.is_kernel for layer in layers)} are kernels (--json lists all)",
     ]
 
 
-def targets_text(records: Sequence[EngineRecord]) -> list[str]:
-    """A section about each TensorRT target of a bundle."""
-    return [_target(record) for record in records]
+def targets_text(records: Sequence[EngineRecord], traffic: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Sections about each TensorRT target of a bundle.
+
+    Args:
+        traffic: what `describe_traffic` gave, by target.
+    """
+    sections = []
+    for record in records:
+        calls = [call for segment in record.segments for call in segment.calls]
+        sections += [_target(record), *traffic_text(traffic[record.target], calls, record.fused_attentions)]
+    return sections
 
 
 def profiles_text(profiles: Sequence[Mapping[str, Sequence[int]]]) -> str:
@@ -122,7 +131,7 @@ def _target(record: EngineRecord) -> str:
         *(
             (
                 PurePosixPath(segment.file).name,
-                f"{in_units(segment.nbytes)}, {_first_to_last(segment.calls)}, built in {segment.seconds:.1f} s",
+                f"{in_units(segment.nbytes)}, {first_to_last(segment.calls)}, built in {segment.seconds:.1f} s",
             )
             for segment in record.segments
         ),
@@ -143,41 +152,3 @@ def _built_for(record: EngineRecord) -> str:
 def _by_type(kernels: Mapping[str, int]) -> list[tuple[str, int]]:
     """The most frequent first."""
     return sorted(kernels.items(), key=lambda entry: (-entry[1], entry[0]))
-
-
-def _first_to_last(calls: Sequence[str]) -> str:
-    return calls[0] if len(calls) == 1 else f"{calls[0]} … {calls[-1]}"
-
-
-@dataclass(frozen=True)
-class Run:
-    """Neighbours of one kind that are alike.
-
-    Args:
-        name: the first and the last, ``blocks.0 … blocks.22``.
-        calls: how many.
-        counts: of each.
-    """
-
-    name: str
-    calls: int
-    counts: tuple[int, ...]
-
-
-def runs(calls: Sequence[str], *by_call: Mapping[str, int]) -> list[Run]:
-    """Counts by call, in the model's order, with neighbours that are alike (``blocks.0`` to ``blocks.22``) as one.
-
-    Args:
-        calls: of the model, in order.
-        by_call: what is counted. What is none of the calls comes last; what has no count has none.
-    """
-    kinds: dict[str, list[str]] = {}
-    for call in dict.fromkeys([*calls, *(call for counts in by_call for call in counts)]):
-        kind = ".".join("*" if step.isdecimal() else step for step in call.split("."))
-        kinds.setdefault(kind, []).append(call)
-    found = []
-    for named in kinds.values():
-        for of_each, group in groupby(named, lambda call: tuple(counts.get(call, 0) for counts in by_call)):
-            alike = list(group)
-            found.append(Run(_first_to_last(alike), len(alike), of_each))
-    return found

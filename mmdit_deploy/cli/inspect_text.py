@@ -40,7 +40,7 @@ def _bundle(data: dict[str, Any]) -> list[str]:
         titled("ranges", [("axis", "min", "opt", "max"), *ranges]),
         profiles_text(contract["profiles"]) if len(contract["profiles"]) > 1 else "",
         titled("engines", engines) or "engines: none",
-        *targets_text(records),
+        *targets_text(records, data["traffic"]),
         "\n".join(_verdict(verdict) for verdict in data["verdicts"]) or "parity: not verified when it was exported",
         titled("versions", list(data["versions"].items())),
         titled("files", [(name, in_units(nbytes)) for name, nbytes in data["files"].items()]),
@@ -91,6 +91,7 @@ def _onnx(data: dict[str, Any]) -> list[str]:
     return [
         f"ONNX model {plain(data['path'])}: {in_units(data['bytes'])}, {data['nodes']} nodes, opset {opsets}, "
         f"IR version {data['ir_version']}, by {plain(data['producer']) or 'unknown'}",
+        "\n".join(plain(line) for line in (data["problem"] or "").splitlines()),
         titled("inputs and outputs", ios),
         titled("functions", functions),
         titled("executed nodes", list(data["ops"].items())),

@@ -8,20 +8,29 @@ from collections.abc import Collection, Mapping
 import onnx_ir as ir
 
 from mmdit_deploy.errors import GraphError
+from mmdit_deploy.graph.lower.joint_qk_norm import NORMS
+from mmdit_deploy.graph.named_functions import is_named_function
 from mmdit_deploy.spec import ModelSpec
 
 OPS = ("Attention", "RMSNormalization", "LayerNormalization", "Gelu", "Softmax")
+NAMED = ("MMDiTModulate", "MMDiTGatedResidual", "MMDiTSwiGLU")  # one call each
 ADAPTIVE = "LayerNormalization (adaptive)"  # one whose scale is computed, per sample
 
 
 def census(model: ir.Model) -> dict[str, int]:
-    """Nodes by op type that one run executes: a function's nodes count once per call."""
-    functions = {f.name: f for f in model.functions.values()}
+    """Nodes by op type that one run executes: a function's nodes count once per call. A named function is one node.
+
+    Q and K that TensorRT's dialect normalizes together are counted as the norms that they were.
+    """
+    functions = {f.name: f for f in model.functions.values() if not is_named_function(f)}
 
     def count(nodes: ir.Graph | ir.Function) -> Counter[str]:
         total: Counter[str] = Counter()
         for node in nodes:
-            total += count(functions[node.op_type]) if node.op_type in functions else Counter([_label(node)])
+            if node.op_type in NORMS:
+                total["RMSNormalization"] += NORMS[node.op_type]
+            else:
+                total += count(functions[node.op_type]) if node.op_type in functions else Counter([_label(node)])
         return total
 
     return dict(count(model.graph))
@@ -51,20 +60,34 @@ def implied_by_call(spec: ModelSpec, calls: Collection[str] | None = None) -> di
 
 def implied(spec: ModelSpec) -> dict[str, int]:
     """What the spec implies of the whole graph."""
-    return {op: sum(counts.get(op, 0) for counts in implied_by_call(spec).values()) for op in OPS}
+    ops = {op: sum(counts.get(op, 0) for counts in implied_by_call(spec).values()) for op in OPS}
+    duals = sum(block.dual_attention for block in spec.blocks)
+    streams = sum(2 if block.makes_text else 1 for block in spec.blocks)  # whose attention and MLP have a residual each
+    modulated = ops["LayerNormalization"] + duals  # the first norm of a dual-attention block's image is read twice
+    residuals = 2 * streams + duals + spec.single_depth
+    mlps = streams + spec.single_depth
+    named = (modulated, residuals, mlps if spec.activation == "swiglu" else 0)
+    turned = 2 * (spec.depth + spec.single_depth) if spec.rope_axes else 0  # Q and K
+    return {**ops, **dict(zip(NAMED, named, strict=True)), "RotaryEmbedding": turned}
 
 
 def implied_lowered(spec: ModelSpec, dialect: str) -> dict[str, int]:
-    """What the spec implies of a graph in a dialect: TensorRT's keeps the standard ops.
+    """What the spec implies of a graph in a dialect: TensorRT's keeps the standard ops, but for RoPE.
 
     In ONNX Runtime's no attention holds its scores, no weight is transposed, and every norm takes its modulation, where
-    that is one for all tokens.
+    that is one for all tokens. Where bf16 is emulated, every op must be seen: no named function is left.
     """
     standard = implied(spec)
+    spelled_out = dict.fromkeys(NAMED, 0) if dialect.endswith("emulated-bf16") else {}
     if not dialect.startswith("ort"):
-        return standard
+        return {**standard, **spelled_out, **({"RotaryEmbedding": 0} if dialect == "trt" else {})}
     by_token = 2 * spec.depth if spec.still_references else 0
     return {
+        "MMDiTModulate": by_token,
+        "MMDiTGatedResidual": standard["MMDiTGatedResidual"],
+        "MMDiTSwiGLU": standard["MMDiTSwiGLU"],
+        "RotaryEmbedding": standard["RotaryEmbedding"],
+        **spelled_out,
         "Attention": 0,
         "MultiHeadAttention": standard["Attention"],
         "RMSNormalization": standard["RMSNormalization"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import onnx
 
@@ -84,12 +84,12 @@ def _cut(
         nodes[node.output[0]] = node
     made = {value for n in nodes.values() for value in n.output}
     used = list(dict.fromkeys(value for n in nodes.values() for value in n.input))
-    called = {n.op_type for n in nodes.values()}
 
     part = onnx.ModelProto(
         ir_version=model.ir_version, producer_name=model.producer_name, producer_version=model.producer_version
     )
     part.opset_import.extend(model.opset_import)
+    called = set(_called(nodes.values(), {f.name: f for f in model.functions}))
     part.functions.extend(f for f in model.functions if f.name in called)
     part.graph.name = name
     part.graph.node.extend(nodes.values())
@@ -98,3 +98,10 @@ def _cut(
     part.graph.output.extend(values[v] for v in outputs)
     part.graph.value_info.extend(v for v in graph.value_info if v.name in made)
     return part
+
+
+def _called(nodes: Iterable[onnx.NodeProto], functions: Mapping[str, onnx.FunctionProto]) -> Iterator[str]:
+    """The functions that nodes call, and those that they call in turn."""
+    for name in {n.op_type for n in nodes} & functions.keys():
+        yield name
+        yield from _called(functions[name].node, functions)

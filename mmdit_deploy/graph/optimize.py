@@ -1,32 +1,83 @@
-"""Optimize one ONNX file, ours or somebody else's: fuse, and lower to a dialect. Weights are never loaded."""
+"""Optimize one ONNX file, ours or somebody else's: fuse, and lower to a dialect. Weights are never loaded.
+
+The file is read in a process of its own, because a malformed one can crash the libraries that read it.
+"""
 
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import onnx
-import onnx_ir as ir
-
-from mmdit_deploy.atomic import write_whole
+from mmdit_deploy.atomic import written_together
 from mmdit_deploy.errors import UsageError
-from mmdit_deploy.graph.fuse import FUSE
-from mmdit_deploy.graph.lower import DIALECTS, lower
-from mmdit_deploy.graph.lower.multi_head_attention import MICROSOFT
-from mmdit_deploy.graph.onnx_file import executed_ops, external_files, is_beside_model, read_onnx, to_ir
-from mmdit_deploy.graph.passes import PassResult, run
+from mmdit_deploy.graph.child import in_child
+from mmdit_deploy.graph.dialects import STANDARD, USER_DIALECTS, outputs
 
-STANDARD = "standard"
-# What the passes are about; counted before and after.
-COUNTED = {
-    "Attention": "Attention",
-    "MultiHeadAttention": f"{MICROSOFT}.MultiHeadAttention",
-    "RMSNormalization": "RMSNormalization",
-    "LayerNormalization": "LayerNormalization",
-    "Gelu": "Gelu",
-}
+# Ops that passes are about; with our named functions they are counted before and after, there or not.
+SUBJECTS = (
+    "Attention",
+    "com.microsoft.MultiHeadAttention",
+    "RotaryEmbedding",
+    "RMSNormalization",
+    "LayerNormalization",
+    "Gelu",
+)
+
+
+@dataclass(frozen=True)
+class LeftNode:
+    """A near miss: where a rule's pattern was found, and what kept the rule from rewriting it.
+
+    Args:
+        node: its name, or its op and output.
+        scope: the function that it is in; ``""`` in the main graph.
+        reason: what was not as the rule needs it.
+    """
+
+    node: str
+    scope: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PassDone:
+    """What one pass did.
+
+    Args:
+        name: of the pass.
+        found: how often its pattern was there.
+        fused: how many of these it rewrote.
+        left: the others, and why.
+    """
+
+    name: str
+    found: int
+    fused: int
+    left: tuple[LeftNode, ...]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that was written.
+
+    Args:
+        path: of the file.
+        dialect: what it was lowered to.
+        changed: whether any rule fired; where none did, it is a copy of the source.
+        passes: those that lowered it.
+        ops: executed nodes by op: ``Attention``, ``com.microsoft.MultiHeadAttention``, ``mmdit.MMDiTSiLU``. Those
+            that passes are about are there with 0 too.
+    """
+
+    path: str
+    dialect: str
+    changed: bool
+    passes: tuple[PassDone, ...]
+    ops: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -34,15 +85,21 @@ class Optimized:
     """What was done to a graph.
 
     Args:
+        source: the file.
         dialect: what it was lowered to.
-        passes: each pass with how often it fired, in order.
-        before, after: executed nodes of the ops in `COUNTED`.
+        prepared: what made the graph readable for rules: its opset, its shapes.
+        passes: each pass that fused or lowered, in order.
+        before, after: executed nodes by op, as `Written.ops` has them.
+        files: what was written: the target, and the second file of a dialect that has one.
     """
 
+    source: str
     dialect: str
-    passes: tuple[PassResult, ...]
+    prepared: tuple[PassDone, ...]
+    passes: tuple[PassDone, ...]
     before: Mapping[str, int]
     after: Mapping[str, int]
+    files: tuple[Written, ...]
 
 
 def optimize_file(
@@ -57,71 +114,62 @@ def optimize_file(
     Args:
         source: the model. Its external weights stay where they are.
         target: the file to write. Beside `source` if that has external weights: references are relative.
-        dialect: ``standard``, or one of `mmdit_deploy.graph.lower.DIALECTS`.
-        force: replace `target` if it is there; it may be `source`.
+        dialect: one of `mmdit_deploy.graph.dialects.USER_DIALECTS`. One with a second file writes that too.
+        force: replace what is there; `target` may be `source`.
 
     Returns:
-        What was done.
+        What was found, what was done, and what was left alone and why.
 
     Raises:
-        UsageError: an unknown dialect, `source` is no ONNX model, or `target` cannot be written there.
+        UsageError: an unknown dialect, `source` is no sound ONNX model, or `target` cannot be written there.
         GraphError: a pass failed.
+        MachineError, MemoryError: the graph is too much for this machine.
         OSError: the disk is full, or the like.
     """
     source, target = Path(source), Path(target)
-    _check_dialect(dialect)
-    proto = read_onnx(source)
-    _check_target(proto, source, target, force=force)
-    model = to_ir(proto, source.parent)
-    passes = run(model, FUSE)
-    if dialect != STANDARD:
-        model, lowered = lower(model, dialect)
-        passes += lowered
-    result = ir.to_proto(model)
-    write_whole(target, result.SerializeToString(deterministic=True))
-    return Optimized(dialect, passes, _counts(proto), _counts(result))
+    if dialect not in USER_DIALECTS:
+        known = ", ".join(USER_DIALECTS)
+        raise UsageError(f"a dialect is one of {known}", received=repr(dialect), fix="name one")
+    files = outputs(target, dialect)
+    for path in files:
+        _check_target(path, source, force=force)
+    with written_together(list(files)) as partials:
+        written = [
+            {"path": str(path), "partial": str(partial), "dialect": lowered_to}
+            for (path, lowered_to), partial in zip(files.items(), partials, strict=True)
+        ]
+        answer = in_child("mmdit_deploy.graph.surgery:work", {"source": str(source), "files": written})
+    return _optimized(source, dialect, files, answer)
 
 
-def _counts(model: onnx.ModelProto) -> dict[str, int]:
-    found = executed_ops(model)
-    return {name: found.get(op, 0) for name, op in COUNTED.items()}
+def _optimized(source: Path, dialect: str, files: Mapping[Path, str], answer: Mapping[str, Any]) -> Optimized:
+    written = tuple(
+        Written(str(path), lowered_to, file["changed"], _passes(file["passes"]), file["ops"])
+        for (path, lowered_to), file in zip(files.items(), answer["files"], strict=True)
+    )
+    passes = _passes(answer["fused"]) + written[0].passes
+    prepared = _passes(answer["prepared"])
+    return Optimized(str(source), dialect, prepared, passes, answer["before"], written[0].ops, written)
 
 
-def _check_dialect(dialect: str) -> None:
-    known = (STANDARD, *DIALECTS)
-    if dialect not in known:
-        raise UsageError(f"a dialect is one of {', '.join(known)}", received=repr(dialect), fix="name one")
+def _passes(results: list[dict[str, Any]]) -> tuple[PassDone, ...]:
+    return tuple(
+        PassDone(r["name"], r["count"] + len(r["left"]), r["count"], tuple(LeftNode(**left) for left in r["left"]))
+        for r in results
+    )
 
 
-def _check_target(model: onnx.ModelProto, source: Path, target: Path, *, force: bool) -> None:
+def _check_target(target: Path, source: Path, *, force: bool) -> None:
     folder = target.parent
     if not folder.is_dir():
         raise UsageError("the folder to write to must exist", received=str(folder), fix=f"mkdir -p {folder}")
-    if target.is_dir():
-        raise UsageError("what is written is a file", received=f"the folder {target}", fix="name a file")
-    external = external_files(model)
-    outside = [file.location for file in external if not is_beside_model(file.location)]
-    if outside:
-        raise UsageError(
-            "the external weights of an ONNX model must lie in its folder",
-            received=", ".join(ascii(location) for location in outside[:3]),
-            fix="save the model with its weights beside it",
-        )
-    if external and not os.path.samefile(folder, source.parent):
-        raise UsageError(
-            f"{source} refers to weights beside it, so the optimized model must be in the same folder",
-            received=str(target),
-            fix=f"write {source.parent / target.name}",
-        )
-    # Resolved, because a link or another spelling may lead to the same file.
-    if target.resolve() in {(source.parent / file.location).resolve() for file in external}:
-        raise UsageError(
-            f"the optimized model must not replace the weights of {source}",
-            received=str(target),
-            fix="name another file",
-        )
-    if not force and (target.exists() or target.is_symlink()):
-        same = target.exists() and os.path.samefile(source, target)
+    if not os.path.lexists(target):
+        return
+    if target.exists() and not stat.S_ISREG(target.stat().st_mode):
+        found = "the folder" if target.is_dir() else "the device or pipe"
+        raise UsageError("what is written is a file", received=f"{found} {target}", fix="name a file")
+    if not force:
+        same = target.exists() and source.exists() and os.path.samefile(source, target)
         raise UsageError(
             "an existing file is replaced only on request",
             received=f"{target}, {'the input itself' if same else 'an existing file'}",

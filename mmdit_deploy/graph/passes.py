@@ -10,8 +10,8 @@ import onnx_ir as ir
 from onnxscript.rewriter import RewriteRuleSet
 from onnxscript.rewriter.pattern import MatchingTracer, MatchResult, MatchStatus, RewriteRule
 
-from mmdit_deploy.errors import GraphError
-from mmdit_deploy.graph.named_functions import define, is_named_function
+from mmdit_deploy.errors import GraphError, UsageError
+from mmdit_deploy.graph.named_functions import define, is_named_function, make_way, put_first
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ def rule_pass(name: str, *rules: RewriteRule) -> Pass:
     """
 
     def apply(model: ir.Model) -> int:
+        make_way(model)
         with _without_named_functions(model):
             count = RewriteRuleSet(list(rules)).apply_to_model(model)
         define(model)
@@ -97,6 +98,7 @@ def run(model: ir.Model, pipeline: Sequence[Pass], *, explain: bool = False) -> 
         explain: look for near misses too, after each pass.
 
     Raises:
+        UsageError: the graph is one that a pass refuses.
         GraphError: a pass failed; it names the pass and those that ran before it.
     """
     results: list[PassResult] = []
@@ -104,6 +106,8 @@ def run(model: ir.Model, pipeline: Sequence[Pass], *, explain: bool = False) -> 
         try:
             count = step.apply(model)
             results.append(PassResult(step.name, count, step.left(model) if explain else ()))
+        except (UsageError, MemoryError):
+            raise  # what the graph or the machine is to blame for
         except Exception as error:
             done = ", ".join(r.name for r in results) or "none"
             raise GraphError(
@@ -126,7 +130,10 @@ def label(node: ir.Node) -> str:
 
 
 class _Reasons(MatchingTracer):
-    """The nodes where a pattern matched and no rule rewrote it, with the first reason given."""
+    """The nodes where a pattern matched and no rule rewrote it, with the first reason given.
+
+    A check that fails without a reason says that what matched is something else: nothing was left there.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,11 +147,12 @@ class _Reasons(MatchingTracer):
         match_result: MatchResult,
         status: MatchStatus,
     ) -> None:
-        if status in (MatchStatus.CONDITION_FAILED, MatchStatus.REPLACEMENT_FAILED) and node not in self.left:
+        failed = status in (MatchStatus.CONDITION_FAILED, MatchStatus.REPLACEMENT_FAILED)
+        if failed and match_result.reason and node not in self.left:
             scope = container.name if isinstance(container, ir.Function) else ""
             at = [_shown(culprit) for culprit in match_result.failure_nodes_and_values]
-            reason = match_result.reason or "no reason given"
-            self.left[node] = Left(label(node), scope, f"{reason} ({', '.join(at)})" if at else reason)
+            reason = f"{match_result.reason} ({', '.join(at)})" if at else match_result.reason
+            self.left[node] = Left(label(node), scope, reason)
 
 
 def _shown(culprit: ir.Node | ir.Value) -> str:
@@ -160,4 +168,4 @@ def _without_named_functions(model: ir.Model) -> Iterator[None]:
     try:
         yield
     finally:
-        model.functions.update(aside)
+        put_first(model, aside, dict(model.functions))

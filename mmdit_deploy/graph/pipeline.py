@@ -30,7 +30,7 @@ class Graphs:
     Args:
         standard: opset 23, local functions, weights by reference.
         lowered: by dialect.
-        census: attentions, norms and GELUs of the standard graph, as the spec implies them.
+        census: attentions, norms, GELUs and named functions of the standard graph, as the spec implies them.
         passes: by graph (``standard`` or the dialect): each pass and how often it fired.
         kinds: the functions traced.
         seconds: wall time by stage: trace, assemble, fuse, lower.

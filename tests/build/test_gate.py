@@ -12,7 +12,7 @@ import pytest
 from mmdit_deploy.build.gate import check_fusion
 from mmdit_deploy.build.layers import EngineLayer
 from mmdit_deploy.families import preset
-from mmdit_deploy.graph.census import implied, implied_by_call
+from mmdit_deploy.graph.census import OPS, implied, implied_by_call
 from mmdit_deploy.graph.extract import extract_call
 from mmdit_deploy.graph.pipeline import Graphs
 from mmdit_deploy.spec import ModelSpec
@@ -54,7 +54,7 @@ def test_what_the_spec_implies_by_call_is_what_it_implies(tiny_spec: ModelSpec, 
     total = Counter[str]()
     for counts in implied_by_call(spec).values():
         total.update(counts)
-    assert dict(total) == implied(spec)
+    assert dict(total) == {op: n for op, n in implied(spec).items() if op in OPS}
 
 
 def test_a_segment_has_its_own_calls_only() -> None:
@@ -194,7 +194,7 @@ def test_a_norm_without_its_modulation_is_refused(tiny_spec: ModelSpec, built: t
     norm = ("node_layer_norm_2", "blocks.0")
     apart = [dataclasses.replace(layer, sources=(norm,)) if norm in layer.sources else layer for layer in layers]
     message = refusal(graph, apart, tiny_spec)
-    assert "blocks.0: node_layer_norm_2 (LayerNormalization) is not fused with node_mul_" in message
+    assert "blocks.0: node_layer_norm_2 (LayerNormalization) is not fused with node_MMDiTModulate_" in message
     assert "; it became __myl_" in message
 
 

@@ -44,6 +44,9 @@ def test_layers_are_read_from_the_log() -> None:
         "_gemm_mha_v2_myl0_22",
         "_gemm_mha_v2_myl1_27",
     ]
+    product = layers[1]
+    assert [tensor.dims for tensor in product.constants or ()] == [(40, 1408), (1,), (1,)]
+    assert attention.constants == ()
     mixed = layers[3]
     assert mixed.tactic.startswith("__myl_AddReshSlic") and mixed.tactic.endswith("_vec")
     assert mixed.sources[0] == ("node_linear_4", "blocks.0")
@@ -112,7 +115,27 @@ def test_a_line_that_cannot_be_read_is_an_error() -> None:
 
 def test_json_round_trip() -> None:
     for layer in parse_layer_list(EXCERPT):
-        assert EngineLayer.from_json(json.loads(json.dumps(layer.to_json()))) == layer
+        sized = tuple(dataclasses.replace(tensor, elements=7) for tensor in layer.inputs)
+        for made in (layer, dataclasses.replace(layer, inputs=sized, constants=None, flops=5)):
+            assert EngineLayer.from_json(json.loads(json.dumps(made.to_json()))) == made
+
+
+def test_json_of_before_there_were_sizes() -> None:
+    """Layers as format 1 had them: nothing is known of constants, and of none it is said that there are none."""
+    for layer in parse_layer_list(EXCERPT):
+        data = layer.to_json()
+        del data["constants"], data["flops"]
+        for tensor in (*data["inputs"], *data["outputs"]):
+            assert tensor.pop() is None
+        assert EngineLayer.from_json(data) == dataclasses.replace(layer, constants=None)
+
+
+def test_an_inspector_may_not_say_constants() -> None:
+    layers = parse_layer_list(EXCERPT)
+    data = json.loads(inspector_json(layers, "Datatype", ""))
+    for layer in data["Layers"]:
+        del layer["Constants"]
+    assert {layer.constants for layer in parse_inspector(json.dumps(data))} == {None}
 
 
 def inspector_json(layers: tuple[EngineLayer, ...], dtype_key: str, separator: str) -> str:
@@ -130,6 +153,7 @@ def inspector_json(layers: tuple[EngineLayer, ...], dtype_key: str, separator: s
             "Name": layer.name,
             "LayerType": layer.type,
             "Inputs": tensors(layer.inputs),
+            "Constants": tensors(layer.constants or ()),
             "Outputs": tensors(layer.outputs),
             "TacticName": layer.tactic,
             "StreamId": 0,

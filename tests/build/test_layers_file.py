@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from mmdit_deploy.build import EngineRecord, SegmentRecord
+from mmdit_deploy.build.floor import Floor
 from mmdit_deploy.build.layers import EngineLayer, LayerTensor
 from mmdit_deploy.build.layers_file import FILE_NAME, read_layers, read_record, write_layers
 from mmdit_deploy.contract import Range, TensorSpec
@@ -27,8 +28,9 @@ PROFILE = {"batch": Range(1, 2, 4), "img_tokens": Range(256, 4096, 16384)}
 
 
 def layer(name: str, kind: str, call: str) -> EngineLayer:
-    tensor = LayerTensor("in", (-1, 64), "Half")
-    return EngineLayer(name, kind, 0, (("node_MatMul_1", call),), (tensor,), (LayerTensor("out", (), "Float"),), "t")
+    read, weight = LayerTensor("in", (-1, 64), "Half", 640), LayerTensor("weight", (64, 1), "Half", 64)
+    made, sources = LayerTensor("out", (), "Float"), (("node_MatMul_1", call),)
+    return EngineLayer(name, kind, 0, sources, (read,), (made,), "t", (weight,), 1280)
 
 
 def segment(number: int, *calls: str) -> SegmentRecord:
@@ -42,6 +44,7 @@ def segment(number: int, *calls: str) -> SegmentRecord:
         kernels_by_call={**dict.fromkeys(calls, 1), "engine": 1},
         fused_attentions={call: 1 for call in calls if call.startswith("blocks.")},
         seconds=1.25,
+        floors=({call: Floor(1000, 10**12) for call in calls if call.startswith("blocks.")},),
     )
 
 
@@ -75,7 +78,7 @@ def test_it_is_read_as_it_was_written(path: Path) -> None:
 def test_each_layer_has_a_line(path: Path) -> None:
     text = path.read_text(encoding="ascii")
     assert sum('"tactic"' in line for line in text.splitlines()) == 3
-    assert text.count('"tactic"') == 3 and json.loads(text)["format"] == 1
+    assert text.count('"tactic"') == 3 and json.loads(text)["format"] == 2
 
 
 def test_the_same_build_gives_the_same_bytes(path: Path, tmp_path: Path) -> None:
@@ -109,9 +112,10 @@ def refused(path: Path, *words: str) -> None:
         (b'{"format": 1, "format": 1}', "repeated"),
         (b"\xff", "UTF-8"),
         (b"[" * 100_000, "nested"),
-        (b'{"format": 2}', "format 2"),
+        (b'{"format": 3}', "format 3"),
         (b'{"format": true}', "format True"),
         (b'{"format": 1, "target": "rtx:sm89"}', "no engine, files"),
+        (b'{"format": 2, "target": "rtx:sm89"}', "no engine, files"),
         (b" " * (32 * 2**20 + 1), "at most"),
     ],
 )
@@ -189,6 +193,12 @@ def test_any_other_value_anywhere_is_read_or_refused(path: Path) -> None:
         ("files.segment-0.engine.layers.1.type", 5, "layers[1].type: 5"),
         ("files.segment-0.engine.layers.0.sources.0", ["node"], "sources[0]"),
         ("files.segment-0.engine.layers.0.inputs.0.1", [0.5], "inputs[0][1][0]: 0.5"),
+        ("files.segment-0.engine.layers.0.inputs.0", ["x", [1], "Half"], "inputs[0]"),
+        ("files.segment-0.engine.layers.0.inputs.0.3", -1, "inputs[0][3]: -1"),
+        ("files.segment-0.engine.layers.0.constants.0.3", "1", "constants[0][3]: '1'"),
+        ("files.segment-0.engine.layers.0.flops", 0.5, "flops: 0.5"),
+        ("engine.segments.0.floors.0", {"blocks.0": {"bytes": 1}}, "floors[0].'blocks.0': no flops"),
+        ("engine.segments.0.floors", [{}, {}], "floors of another number than the 1 profiles"),
         ("files.segment-0.engine.layers.0.profile", -1, "profile: -1"),
         ("files.segment-0.engine.layers.0.profile", 1, "beyond the 1"),
     ],
@@ -202,13 +212,13 @@ def test_what_is_wrong_is_named(where: str, value: Any, word: str, path: Path) -
 
 
 def test_a_missing_field_is_named(path: Path) -> None:
-    document = json.loads(path.read_text())
+    document, sizes = json.loads(path.read_text()), {"constants", "flops"}
     fields = [
         (("engine",), {*document["engine"]} - {"activation_bytes"}),
-        (("engine", "segments", 1), {*document["engine"]["segments"][1]} - {"activation_bytes"}),
+        (("engine", "segments", 1), {*document["engine"]["segments"][1]} - {"activation_bytes", "floors"}),
         (("engine", "segments", 1, "outputs", 0), {"name", "axes", "dtype"}),
         (("files", "segment-1.engine"), {"bytes", "sha256", "layers"}),
-        (("files", "segment-1.engine", "layers", 0), {*document["files"]["segment-1.engine"]["layers"][0]}),
+        (("files", "segment-1.engine", "layers", 0), {*document["files"]["segment-1.engine"]["layers"][0]} - sizes),
     ]
     for steps, names in fields:
         for name in names:
@@ -226,6 +236,28 @@ def test_activation_memory_may_be_missing(path: Path) -> None:
     document["engine"]["segments"][0]["activation_bytes"] = -1
     path.write_text(json.dumps(document))
     refused(path, "activation_bytes: -1")
+
+
+def test_what_an_earlier_version_wrote_is_read(path: Path) -> None:
+    """Format 1 had no sizes, no constants, and no floors: of these nothing is known."""
+    document = json.loads(path.read_text())
+    document["format"] = 1
+    for segment in document["engine"]["segments"]:
+        del segment["floors"]
+    for file in document["files"].values():
+        for entry in file["layers"]:
+            del entry["constants"], entry["flops"]
+            for tensor in (*entry["inputs"], *entry["outputs"]):
+                del tensor[3:]
+    path.write_text(json.dumps(document))
+    record, files = read_layers(path)
+    assert [s.floors for s in record.segments] == [(), ()]
+    for entry in files[0].layers:
+        assert entry.constants is None and entry.flops is None
+        assert entry.inputs == (LayerTensor("in", (-1, 64), "Half"),)
+    document["files"]["segment-0.engine"]["layers"][0]["inputs"][0].append(640)  # as format 2 has it
+    path.write_text(json.dumps(document))
+    refused(path, "inputs[0]")
 
 
 def test_an_entry_of_a_manifest_may_say_more(path: Path) -> None:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 import mmdit_deploy
 from mmdit_deploy.checkpoint import write_safetensors
 from mmdit_deploy.checkpoint.weights import RandomWeights, stream_parts, weights_layout
+from mmdit_deploy.graph.child import call
 from mmdit_deploy.spec import ModelSpec
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -70,6 +71,12 @@ def run(
     """Runs a command in this process: ``run("export", "--depth", "2")``."""
     with traced_once():
         yield _call
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`mmdit-optimize` works on its graph in this process: two seconds less."""
+    monkeypatch.setattr("mmdit_deploy.graph.optimize.in_child", call)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def python(code: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("command", ["export", "verify", "bench"])
+@pytest.mark.parametrize("command", ["export", "optimize", "verify", "bench"])
 def test_a_command_imports_nothing_heavy(command: str) -> None:
     heavy = ("torch", "numpy", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "diffusers", "safetensors")
     code = f"import sys; import mmdit_deploy.cli.{command} as c; c.parser().format_help(); print(*sys.modules)"

@@ -141,8 +141,20 @@ def test_onnx_with_functions(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert data["ops"] == {"Relu": 8} and data["opsets"] == {"ai.onnx": 23, "mine": 1}
     assert data["inputs"] == [{"name": "x", "dtype": "float16", "axes": ["batch", 4]}]
     assert data["external"] == [{"location": "weights.bin", "tensors": 1, "bytes": 8, "found": False}]
+    assert "does not exist" in data["problem"]
     (tmp_path / "weights.bin").write_bytes(bytes(8))
-    assert inspect(path, capsys)["external"][0]["found"]
+    data = inspect(path, capsys)
+    assert data["external"][0]["found"] and data["problem"] is None
+
+
+def test_onnx_with_a_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "model.onnx"
+    model = nested(1)
+    model.graph.node[0].input[0] = "nowhere"
+    path.write_bytes(model.SerializeToString())
+    assert main([str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "'nowhere', which nothing makes" in out and "executed nodes" in out
 
 
 @pytest.mark.parametrize("depth", [60, 3000])

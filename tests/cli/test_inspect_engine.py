@@ -20,10 +20,11 @@ from typing import Any
 import pytest
 
 from mmdit_deploy.build import EngineRecord, SegmentRecord, parse_target
+from mmdit_deploy.build.floor import Floor
 from mmdit_deploy.build.layers import EngineLayer, LayerTensor, kernels_by_call, kernels_by_type
 from mmdit_deploy.build.layers_file import FILE_NAME, write_layers
 from mmdit_deploy.bundle import write_manifest
-from mmdit_deploy.cli.engine_text import Run, runs
+from mmdit_deploy.cli.runs import Run, runs
 from mmdit_deploy.contract import Contract, Profile, Range, TensorSpec
 from mmdit_deploy.model import calls
 from mmdit_deploy.spec import from_depth, precision
@@ -55,11 +56,13 @@ def kernels_of(call: str) -> Iterator[tuple[str, str]]:
 
 
 def layers_of(file: str, profiles: int) -> list[EngineLayer]:
-    tensor = LayerTensor("x", (-1, 64), "Half")
+    """In the plan of profile N, a kernel reads (N + 1) MB and a weight of 1 MB, writes 3 MB, and does 4 GFLOP."""
     made = [EngineLayer(f"{file}: wait", "wait", 0, (), (), (), "")]
     for profile, call in itertools.product(range(profiles), PARTS[file]):
+        read, written = (LayerTensor("x", (-1, 64), "Half", n * 500_000) for n in (profile + 1, 3))
+        weight = LayerTensor("w", (1000, 500), "Half", 500_000)
         made += (
-            EngineLayer(name, kind, profile, (("node", call),), (tensor,), (tensor,), "tactic")
+            EngineLayer(name, kind, profile, (("node", call),), (read,), (written,), "tactic", (weight,), 4 * 10**9)
             for name, kind in kernels_of(call)
         )
     return made
@@ -80,6 +83,10 @@ def record_of(*profiles: Profile) -> EngineRecord:
                 kernels_by_call(layers, PARTS[file]),
                 {call: 1 for call in PARTS[file] if call.startswith("blocks.")},
                 seconds=12.34,
+                floors=tuple(
+                    {call: Floor(7 * 10**6, 10**9) for call in PARTS[file] if call.startswith("blocks.")}
+                    for _ in profiles
+                ),
             )
         )
     execution = "TensorRT-RTX, fp16 kernels, fused attention"
@@ -163,7 +170,9 @@ def test_an_engine(bundle: Path, run: Callable[..., Any]) -> None:
 
 def test_an_engine_as_json(bundle: Path, run: Callable[..., Any]) -> None:
     data = run("inspect", bundle / SECOND, "--json").json
-    assert set(data) == {"kind", "path", "bytes", "sha256", "target", "engine", "segment", "layers"}
+    assert set(data) == {
+        "kind", "path", "bytes", "sha256", "target", "engine", "segment", "traffic", "gpus", "layers"
+    }  # fmt: skip
     assert (data["kind"], data["target"], data["bytes"]) == ("engine", "rtx:sm86+sm89", 2600)
     assert data["sha256"] == hashlib.sha256(CONTENT[SECOND]).hexdigest()
     assert data["engine"]["segments"][data["segment"]]["file"] == SECOND
@@ -171,6 +180,137 @@ def test_an_engine_as_json(bundle: Path, run: Callable[..., Any]) -> None:
     assert layers == layers_of(SECOND, 1)
     assert sum(layer.is_fused_attention for layer in layers) == 2
     assert data["engine"] == record_of(PROFILE).to_json()
+
+
+HEADER = "call calls read weights written all floor × floor GFLOP A10 ms RTX 3090 ms L4 ms L40S ms RTX 4090 ms"
+
+
+def test_bytes_of_calls_and_kernels(bundle: Path, run: Callable[..., Any]) -> None:
+    text = words(run("inspect", bundle / FIRST).out)
+    start = text.index("bytes at the opt shape (batch 2, img_tokens 4096, txt_tokens 333), of each call")
+    end = text.index("", start)
+    assert text[start + 1 : end - 3] == [
+        HEADER,
+        "conditioning 1 1.00 MB 1.00 MB 3.00 MB 5.00 MB 4.00 0.032 0.056 0.033 0.011 0.024",
+        "img_embed 1 1.00 MB 1.00 MB 3.00 MB 5.00 MB 4.00 0.032 0.056 0.033 0.011 0.024",
+        "txt_embed 1 1.00 MB 1.00 MB 3.00 MB 5.00 MB 4.00 0.032 0.056 0.033 0.011 0.024",
+        "modulations.5.txt 1 1.00 MB 1.00 MB 3.00 MB 5.00 MB 4.00 0.032 0.056 0.033 0.011 0.024",
+        "blocks.0 … blocks.3 4 7.00 MB 7.00 MB 21.00 MB 35.00 MB 7.00 MB 5.00 28.00 0.224 0.394 0.231 0.077 0.169",
+        "all 32.00 MB 32.00 MB 96.00 MB 160.00 MB 128.00 1.024 1.803 1.058 0.354 0.775",
+    ]
+    assert text[end - 1].startswith("ms: estimate, not measured: a roofline")
+    assert text[end + 1 : end + 3] == [
+        "kernels of blocks.0, by bytes",
+        "kernel type read weights written all GFLOP A10 ms RTX 3090 ms L4 ms L40S ms RTX 4090 ms",
+    ]
+    assert (
+        text[end + 3] == "_gemm_mha_v2_myl0_7 kgen 1.00 MB 1.00 MB 3.00 MB 5.00 MB 4.00 0.032 0.056 0.033 0.011 0.024"
+    )
+    assert len(text[end + 3 : text.index("", end + 1)]) == 7
+
+
+def test_bytes_of_a_bundle_are_those_of_its_engines(bundle: Path, run: Callable[..., Any]) -> None:
+    result = run("inspect", bundle, "--json")
+    text = words(result.err)
+    assert HEADER in text and not any(line.startswith("kernels of") for line in text)
+    rows = text[text.index(HEADER) :]
+    assert rows[6].startswith("blocks.5 1 5.00 MB 5.00 MB 15.00 MB 25.00 MB 7.00 MB 3.57 20.00")
+    assert rows[9].startswith("all 46.00 MB 46.00 MB 138.00 MB 230.00 MB 184.00 ")
+    (profile,) = result.json["traffic"][TARGET.name]
+    assert set(profile) == {"opt", "calls", "all"}
+    assert [gpu["name"] for gpu in result.json["gpus"][TARGET.name]] == ["A10", "RTX 3090", "L4", "L40S", "RTX 4090"]
+
+
+def test_bytes_as_json(bundle: Path, run: Callable[..., Any]) -> None:
+    data = run("inspect", bundle / FIRST, "--json").json
+    (profile,) = data["traffic"]
+    assert profile["opt"] == {"batch": 2, "img_tokens": 4096, "txt_tokens": 333}
+    block = profile["calls"]["blocks.2"]
+    seconds = block.pop("seconds")
+    assert block == {
+        "read": 7 * 10**6, "weights": 7 * 10**6, "written": 21 * 10**6, "bytes": 35 * 10**6, "flops": 28 * 10**9,
+        "unknown": 0, "floor": {"bytes": 7 * 10**6, "flops": 10**9},
+    }  # fmt: skip
+    assert seconds["RTX 4090"] == pytest.approx(7 * max(5e6 / 1008e9, 4e9 / 165.2e12))
+    assert profile["calls"]["conditioning"]["floor"] is None
+    assert len(profile["kernels"]) == 32
+    kernel = next(kernel for kernel in profile["kernels"] if kernel["call"] == "blocks.3")
+    assert (kernel["name"], kernel["type"], kernel["bytes"]) == ("_gemm_mha_v2_myl0_7", "kgen", 5 * 10**6)
+    (source,) = {gpu["source"] for gpu in data["gpus"] if gpu["name"] == "RTX 4090"}
+    assert "NVIDIA Ada" in source
+
+
+def test_bytes_of_several_profiles(tmp_path: Path, run: Callable[..., Any]) -> None:
+    bundle = write_bundle(tmp_path / "bundle", ONE, PROFILE)
+    text = words(run("inspect", bundle / FIRST).out)
+    first = text.index("bytes at the opt shape of profile 0 (batch 1, img_tokens 1024, txt_tokens 77), of each call")
+    second = text.index("bytes at the opt shape of profile 1 (batch 2, img_tokens 4096, txt_tokens 333), of each call")
+    assert "kernels of blocks.0 of profile 0, by bytes" in text and "kernels of blocks.0 of profile 1, by bytes" in text
+    assert text[first + 2].startswith("conditioning 1 1.00 MB 1.00 MB 3.00 MB 5.00 MB")
+    assert text[second + 2].startswith("conditioning 1 2.00 MB 1.00 MB 3.00 MB 6.00 MB")
+
+
+def test_what_is_not_known_is_said_to_be_missing(bundle: Path, run: Callable[..., Any]) -> None:
+    def forget(data: Any) -> None:
+        kernel = next(k for k in data["files"]["segment-0.engine"]["layers"] if k["sources"] == [["node", "blocks.1"]])
+        kernel["inputs"][0][3] = None
+
+    edit(bundle / TARGET.folder / FILE_NAME, forget)
+    text = words(run("inspect", bundle / FIRST).out)
+    assert any(line.startswith("blocks.0 1 7.00 MB 7.00 MB 21.00 MB 35.00 MB 7.00 MB 5.00 ") for line in text)
+    (line,) = (line for line in text if line.startswith("blocks.1 1 "))
+    assert line.startswith("blocks.1 1 6.00 MB 7.00 MB 21.00 MB ≥ 34.00 MB 7.00 MB ≥ 4.86 28.00 ≥ 0.224 ")
+    assert "kernels of blocks.0, by bytes" in text  # like blocks.2 and blocks.3
+    data = run("inspect", bundle / FIRST, "--json").json
+    assert [data["traffic"][0]["calls"][f"blocks.{i}"]["unknown"] for i in range(3)] == [0, 1, 0]
+
+
+def test_an_engine_of_an_earlier_version_has_no_bytes(bundle: Path, run: Callable[..., Any]) -> None:
+    """Its layers had no sizes, and its record no floors: that is said, and the rest is shown as ever."""
+
+    def earlier(data: Any) -> None:
+        data["format"] = 1
+        for segment in data["engine"]["segments"]:
+            del segment["floors"]
+        for layer in (layer for file in data["files"].values() for layer in file["layers"]):
+            del layer["constants"], layer["flops"]
+            for tensor in (*layer["inputs"], *layer["outputs"]):
+                del tensor[3:]
+
+    edit(bundle / TARGET.folder / FILE_NAME, earlier)
+    text = words(run("inspect", bundle / FIRST).out)
+    assert "bytes: not recorded by the version that built it; export it again to have them" in text
+    assert "blocks.0 … blocks.3 4 7 1" in text and HEADER not in text
+    assert run("inspect", bundle / FIRST, "--json").json["traffic"] == []
+
+
+def test_a_manifest_of_an_earlier_version(bundle: Path, run: Callable[..., Any]) -> None:
+    def earlier(manifest: Any) -> None:
+        del manifest["files"][f"{TARGET.folder}/{FILE_NAME}"]
+        for segment in manifest["engines"][TARGET.name]["segments"]:
+            del segment["floors"]
+
+    (bundle / TARGET.folder / FILE_NAME).unlink()
+    edit(bundle / "manifest.json", earlier)
+    text = words(run("inspect", bundle).out)
+    assert "attention fused, 6 kernels in 6 blocks" in text
+    assert "bytes: not recorded by the version that built it; export it again to have them" in text
+
+
+def test_layers_of_another_build_than_the_manifest(bundle: Path, run: Callable[..., Any]) -> None:
+    edit(bundle / "manifest.json", lambda data: data["engines"][TARGET.name]["profiles"][0].update(batch=[1, 3, 4]))
+    run("inspect", bundle).refused(2, FILE_NAME, "profiles in the manifest", "rtx:sm86+sm89")
+
+
+def test_an_estimate_is_of_16_bit_products(bundle: Path, run: Callable[..., Any]) -> None:
+    def widen(data: Any) -> None:
+        for layer in (layer for file in data["files"].values() for layer in file["layers"]):
+            for tensor in (*layer["inputs"], *(layer["constants"] or ())):
+                tensor[2] = "Float"
+
+    edit(bundle / TARGET.folder / FILE_NAME, widen)
+    text = words(run("inspect", bundle / FIRST).out)
+    assert "conditioning 1 2.00 MB 2.00 MB 3.00 MB 7.00 MB 4.00" in text
 
 
 def test_counts_of_several_profiles_say_so(tmp_path: Path, run: Callable[..., Any]) -> None:

@@ -19,6 +19,7 @@ from mmdit_deploy.graph.lower.adaln import adaln
 from mmdit_deploy.graph.lower.linear import linear
 from mmdit_deploy.graph.lower.mask_of_keys import mask_of_keys
 from mmdit_deploy.graph.lower.multi_head_attention import MICROSOFT, multi_head_attention
+from mmdit_deploy.graph.named_functions import DOMAIN, define
 from mmdit_deploy.graph.passes import Pass
 
 SIZES = {"B": 2, "N": 5, "M": 3}
@@ -26,9 +27,10 @@ SIZES = {"B": 2, "N": 5, "M": 3}
 
 def parse(text: str) -> ir.Model:
     """A model in ONNX's own textual form, with the shapes that ONNX infers."""
-    header = f'<ir_version: 11, opset_import: ["": 23, "{MICROSOFT}": 1]>\n'
-    proto = onnx.parser.parse_model(header + text)
-    return ir.from_proto(onnx.shape_inference.infer_shapes(proto, data_prop=True))
+    header = f'<ir_version: 11, opset_import: ["": 23, "{MICROSOFT}": 1, "{DOMAIN}": 1]>\n'
+    model = ir.from_proto(onnx.parser.parse_model(header + text))
+    define(model)
+    return ir.from_proto(onnx.shape_inference.infer_shapes(ir.to_proto(model), data_prop=True))
 
 
 def execute(model: ir.Model) -> np.ndarray:
@@ -98,8 +100,7 @@ def norm(weight: str, scale: str = "float[B,1,8]", shift: str = "float[B,1,8]") 
     return f"""g (float[B,N,8] x, {scale} scale, {shift} shift) => (float[B,N,8] y)
         <float[8] w = {{{weight}}}> {{
       n = LayerNormalization<epsilon=1e-6>(x, w)
-      m = Mul(n, scale)
-      y = Add(m, shift)
+      y = mmdit.MMDiTModulate(n, scale, shift)
     }}"""
 
 
@@ -174,7 +175,7 @@ CASES = {
     "adaptive layer norm": Case(
         adaln,
         norm(",".join(["1"] * 8)),
-        {"LayerNormalization": 1},
+        {"LayerNormalization": 1, "Add": 1, "Constant": 1},
         {
             "a weight of its own": norm(",".join(["1"] * 7 + ["2"])),
             "a scale per token": norm(",".join(["1"] * 8), scale="float[B,N,8]"),
@@ -259,10 +260,10 @@ def test_attributes_are_kept(rule: Pass, text: str) -> None:
 def test_a_norm_that_is_modulated_twice() -> None:
     """As in a dual-attention block, whose equal norms the exporter merges."""
     text = norm(",".join(["1"] * 8)).replace("(float[B,N,8] y)", "(float[B,N,8] y, float[B,N,8] z)")
-    model = parse(text.replace("y = Add(m, shift)", "y = Add(m, shift) o = Mul(n, shift) z = Add(o, scale)"))
+    model = parse(text.replace("shift)\n    }", "shift)\n      z = mmdit.MMDiTModulate(n, shift, scale)\n    }"))
     before = execute(model)
     assert adaln.apply(model) == 2
-    assert ops(model) == Counter({"LayerNormalization": 2})
+    assert ops(model) == Counter({"LayerNormalization": 2, "Add": 2, "Constant": 2})
     np.testing.assert_allclose(execute(model), before, rtol=2e-5, atol=2e-6)
     assert adaln.apply(model) == 0
 

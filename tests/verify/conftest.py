@@ -244,10 +244,16 @@ def _swap_split(model: onnx.ModelProto, name: str, value: str) -> None:
 
 
 def _drop_gate(model: onnx.ModelProto, name: str, value: str, part: int) -> None:
-    """gate · x  ⇒  x"""
+    """gate · x  ⇒  x, also where the residual is a named function; in emulated bf16 it is spelled out."""
     body = function(model, name).node
     gate = next(n for n in body if n.op_type == "Split" and n.input[0] == value).output[part]
-    _without(next(n for n in body if n.op_type == "Mul" and gate in n.input), gate)
+    node = _reader(model, name, gate)
+    if node.op_type == "Mul":
+        _without(node, gate)
+        return
+    x, _, y = node.input
+    assert node.op_type == "MMDiTGatedResidual"
+    node.CopyFrom(onnx.helper.make_node("Add", [x, y], list(node.output)))
 
 
 def _without(node: onnx.NodeProto, value: str) -> None:

@@ -1,6 +1,6 @@
 """AdaLN in one pass over the tokens.
 
-    LayerNormalization(x, ones) · (1 + scale) + shift   ⇒   LayerNormalization(x, 1 + scale, shift)
+    MMDiTModulate(LayerNormalization(x, ones), scale, shift)   ⇒   LayerNormalization(x, 1 + scale, shift)
 
 ONNX lets scale and bias broadcast from one vector per sample, [B, 1, C]; ONNX Runtime's CPU and CUDA kernels take
 them so since 1.21 (microsoft/onnxruntime#23297, made for SD3 and FLUX).
@@ -11,9 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from onnxscript.rewriter.pattern import MatchResult, RewriteRuleClassBase
 
-from mmdit_deploy.graph.passes import Pass, rule_pass
+from mmdit_deploy.graph.named_functions import DOMAIN
+from mmdit_deploy.graph.passes import Pass, like, rule_pass
 
 
 class _AdaLN(RewriteRuleClassBase):
@@ -23,7 +25,7 @@ class _AdaLN(RewriteRuleClassBase):
 
     def pattern(self, op: Any, x: Any, ones: Any, scale: Any, shift: Any) -> Any:
         normed = op.LayerNormalization(x, ones, _allow_other_attributes=True, _outputs=["normed"])
-        return op.Add(op.Mul(normed, scale), shift)
+        return op.MMDiTModulate(normed, scale, shift, _domain=DOMAIN)
 
     def check(self, op: Any, x: Any, ones: Any, scale: Any, shift: Any, normed: Any, **_: Any) -> MatchResult:
         result = MatchResult()
@@ -39,10 +41,14 @@ class _AdaLN(RewriteRuleClassBase):
                 or list(value.shape) != [x.shape[0], 1, x.shape[2]]
             ):
                 return result.fail("not one vector per sample", value)
+        if scale.dtype is None:
+            return result.fail("the type is not known", scale)
         return result
 
     def rewrite(self, op: Any, x: Any, scale: Any, shift: Any, normed: Any, **_: Any) -> Any:
-        return op.LayerNormalization(x, scale, shift, **normed.producer().attributes)
+        one = op.Constant(value=ir.tensor(1.0, dtype=scale.dtype))
+        factor = like(op.Add(scale, one), scale, scale.shape)
+        return op.LayerNormalization(x, factor, shift, **normed.producer().attributes)
 
 
 adaln: Pass = rule_pass("adaptive layer norm", _AdaLN.rule())

@@ -17,6 +17,10 @@ from mmdit_deploy.graph.passes import Pass, rule_pass
 
 
 class _MaskOfKeys(RewriteRuleClassBase):
+    def __init__(self) -> None:
+        # Many attentions may read one mask that is spelled out: it goes with the last of them.
+        super().__init__(remove_nodes=False)
+
     def pattern(self, op: Any, q: Any, k: Any, v: Any, mask: Any, shape: Any) -> Any:
         expanded = op.Expand(mask, shape, _outputs=["expanded"])
         return op.Attention(q, k, v, expanded, _allow_other_attributes=True, _outputs=["attended"])

@@ -26,6 +26,7 @@ from case import Case
 
 HERE = Path(__file__).resolve().parent
 FIXTURES = HERE.parent / "fixtures"
+NO_SUBJECTS = {"make", "case", "foreign", "optimum", "torch_calls", "whole_models", "without_weights"}
 OPSETS = {"dynamo": range(17, 24), "torchscript": range(14, 21)}
 
 
@@ -74,10 +75,10 @@ def spellings(case: Case) -> Iterator[tuple[str, onnx.ModelProto]]:
             except Exception as error:  # an exporter fails with whatever it runs into
                 print(f"  {case.name}: {exporter} {opset} cannot: {type(error).__name__}: {str(error)[:150]}")
                 continue
-            yield f"{exporter} {opset}", _bare(model)
+            yield f"{exporter} {opset}", bare(model)
 
 
-def _bare(model: onnx.ModelProto) -> onnx.ModelProto:
+def bare(model: onnx.ModelProto) -> onnx.ModelProto:
     """Without stack traces, and with no more than a graph needs."""
     model.ClearField("metadata_props")
     for nodes in (model.graph.node, *(f.node for f in model.functions)):
@@ -132,7 +133,7 @@ def main() -> None:
     for logger in ("torch.onnx", "onnxscript"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    beside = {p.stem for p in HERE.glob("*.py")} - {"make", "case", "optimum"}
+    beside = {p.stem for p in HERE.glob("*.py")} - NO_SUBJECTS
     for subject in named or sorted(beside):
         torch.manual_seed(0)
         make(subject)
