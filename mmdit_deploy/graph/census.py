@@ -78,6 +78,8 @@ def implied_lowered(spec: ModelSpec, dialect: str) -> dict[str, int]:
     that is one for all tokens. Where bf16 is emulated, every op must be seen: no named function is left.
     """
     standard = implied(spec)
+    if dialect == "decomposed" or dialect.startswith("trt-plugin"):
+        return _implied_in_opset_17(standard, dialect)
     spelled_out = dict.fromkeys(NAMED, 0) if dialect.endswith("emulated-bf16") else {}
     if not dialect.startswith("ort"):
         return {**standard, **spelled_out, **({"RotaryEmbedding": 0} if dialect == "trt" else {})}
@@ -97,6 +99,23 @@ def implied_lowered(spec: ModelSpec, dialect: str) -> dict[str, int]:
         "MatMul": 0,
         "Softmax": 0,
     }
+
+
+def _implied_in_opset_17(standard: Mapping[str, int], dialect: str) -> dict[str, int]:
+    """Newer ops and named functions are spelled out, or are plugins, which may have bodies: then those count."""
+    attentions, norms, modulated = (standard[op] for op in ("Attention", "LayerNormalization", "MMDiTModulate"))
+    none = {**dict.fromkeys(standard, 0), "Softmax": attentions}
+    if dialect == "decomposed":
+        return {**none, "LayerNormalization": norms}
+    if dialect == "trt-plugin-bodies":
+        return {**none, ADAPTIVE: modulated}
+    plugins = {
+        "MMDiTAttentionPlugin": attentions,
+        "MMDiTRMSNormPlugin": standard["RMSNormalization"],
+        "MMDiTRoPEPlugin": standard["RotaryEmbedding"],
+        "MMDiTAdaLNPlugin": modulated,
+    }
+    return {**none, "Softmax": 0, **plugins}
 
 
 def check_census(model: ir.Model, expected: Mapping[str, int], what: str) -> dict[str, int]:

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+import onnx.parser
 import onnx_ir as ir
 import pytest
 
@@ -16,6 +18,7 @@ from mmdit_deploy.graph.fuse.layer_norm import layer_norm
 from mmdit_deploy.graph.fuse.norm_casts import norm_casts
 from mmdit_deploy.graph.fuse.norm_weights import norm_weights
 from mmdit_deploy.graph.fuse.rms_norm import rms_norm
+from mmdit_deploy.graph.fuse.zero_bias import zero_bias
 from mmdit_deploy.graph.passes import run
 
 SUBJECT = "layer_norm"
@@ -173,3 +176,18 @@ def test_mean_in_fp16_and_quotient_in_fp64(fused: Callable[..., ir.Model]) -> No
     assert not any(n.op_type == "LayerNormalization" for n in model.graph)
     (left,) = layer_norm.left(model)
     assert left.reason == "it is left in another type than that in which the mean is subtracted (n)"
+
+
+@pytest.mark.parametrize(("bias", "fires"), [("0, 0, 0, 0", 1), ("0, 0, 0, 1", 0)])
+def test_a_bias_of_zeros_goes(bias: str, fires: int) -> None:
+    model = ir.from_proto(
+        onnx.parser.parse_model(f"""<ir_version: 11, opset_import: ["": 23]>
+        g (float[B, 4] x) => (float[B, 4] y) <float[4] w = {{1, 2, 3, 4}}, float[4] b = {{{bias}}}> {{
+          y = LayerNormalization <epsilon = 1e-3> (x, w, b)
+        }}""")
+    )
+    assert zero_bias.apply(model) == fires
+    (node,) = model.graph
+    assert len(node.inputs) == 3 - fires and node.attributes["epsilon"].as_float() == np.float32(1e-3)
+    assert not zero_bias.left(model)
+    assert zero_bias.apply(model) == 0

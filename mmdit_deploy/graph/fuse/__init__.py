@@ -17,6 +17,7 @@ from mmdit_deploy.graph.fuse.sdpa import sdpa
 from mmdit_deploy.graph.fuse.shapes import shapes
 from mmdit_deploy.graph.fuse.silu import silu
 from mmdit_deploy.graph.fuse.swiglu import swiglu
+from mmdit_deploy.graph.fuse.zero_bias import zero_bias
 from mmdit_deploy.graph.passes import Pass
 
 # What a graph needs before rules can read it; ours is made so.
@@ -27,6 +28,7 @@ FUSE: tuple[Pass, ...] = (
     layer_norm,
     rms_norm,  # leaves what is a LayerNorm
     norm_weights,
+    zero_bias,
     norm_casts,  # of weights, too
     gelu,
     sdpa,

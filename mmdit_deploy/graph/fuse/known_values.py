@@ -26,8 +26,19 @@ _PICKS = frozenset({"Gather", "Identity", "Slice", "Squeeze"})  # of a shape's d
 
 def known(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
     """The elements of a small value, if they are the same in every run."""
+    return _known(value, {})
+
+
+def _known(value: ir.Value | None, found: dict[ir.Value, np.ndarray[Any, Any] | None]) -> np.ndarray[Any, Any] | None:
+    """Each value is looked at once: 40 sums of a value with itself are 2⁴⁰ ways to the first."""
     if value is None or value.is_graph_input():  # an input's initializer is only its default
         return None
+    if value not in found:
+        found[value] = _read(value, found)
+    return found[value]
+
+
+def _read(value: ir.Value, found: dict[ir.Value, np.ndarray[Any, Any] | None]) -> np.ndarray[Any, Any] | None:
     tensor = ir.convenience.get_const_tensor(value)
     if tensor is not None:
         return tensor.numpy() if tensor.size <= _SMALL else None
@@ -39,7 +50,7 @@ def known(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
     if node.op_type not in _COMPUTED:
         return None
     picked = _picked_dims(node)
-    return picked if picked is not None else _computed(node, [known(v) for v in node.inputs])
+    return picked if picked is not None else _computed(node, [_known(v, found) for v in node.inputs])
 
 
 def number(value: ir.Value | None) -> float | None:

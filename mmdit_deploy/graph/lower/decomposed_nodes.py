@@ -48,6 +48,8 @@ class Replacement:
             out.type = ir.TensorType(dtype)
         elif inputs and inputs[0] is not None:
             out.type = inputs[0].type
+        if op_type == "Constant":
+            out.shape = attributes["value"].shape
         self._graph.insert_before(self._node, made)
         return out
 

@@ -10,6 +10,7 @@ from functools import cache
 
 import onnx
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from mmdit_deploy.errors import UsageError
 from mmdit_deploy.graph.fuse.opset import FILE_OPSET
@@ -33,6 +34,7 @@ def _to_opset_17(model: ir.Model) -> int:
             if node.domain == "":
                 _downgrade(node, version)
         scope.opset_imports[""] = OPSET
+    RemoveUnusedNodesPass()(model)  # axes that are attributes now
     _drop_unused_imports(model)
     model.ir_version = OVERLOADS if any(f.overload for f in model.functions.values()) else IR_VERSION
     return int(model.meta.get(FILE_OPSET, OPSET + 1) > OPSET)

@@ -47,12 +47,13 @@ class _Part:
 
     Args:
         output: normed, [B, N, H, D].
-        projection: [B, N, the widths of all parts].
+        split: of the projection, [B, N, the widths of all parts].
         weight: [D]
         index: of the part.
     """
 
     output: ir.Value
+    split: ir.Node
     projection: ir.Value
     weight: ir.Value
     index: int
@@ -130,13 +131,16 @@ def _part(norm: ir.Node) -> _Part | None:
     if attributes.get_int("axis", -1) not in (-1, 3) or attributes.get_int("stash_type", 1) != ir.DataType.FLOAT:
         return None
     alike = _Heads(heads, head_dim, len(widths), attributes.get_float("epsilon", 1e-5), dtype)
-    return _Part(norm.outputs[0], projection, weight, index, alike)
+    return _Part(norm.outputs[0], split, projection, weight, index, alike)
 
 
 def _replace(model: ir.Model, scope: ir.Graph | ir.Function, q: _Target, k: _Target) -> int:
     name = QK_NORM[len(q.streams)]
     function = _function(name, len(q.streams), q.streams[0].heads)
+    _type(function, q.value, q.streams[0].heads)
     known = model.functions.get(function.identifier())
+    if q.value.is_graph_output() or k.value.is_graph_output():
+        return 0  # which has its name
     if q.streams[0].heads != k.streams[0].heads or (known is not None and _text(known) != _text(function)):
         return 0  # a name has one body
     model.functions[function.identifier()] = function
@@ -144,9 +148,10 @@ def _replace(model: ir.Model, scope: ir.Graph | ir.Function, q: _Target, k: _Tar
     call = ir.node(
         name, [*q.projections, *weights], domain=DOMAIN, num_outputs=2, name=f"{q.value.name}_{k.value.name}"
     )
-    # Of the splits, which all follow the projections, one comes last.
-    made = {part.projection.producer() for part in q.streams}
-    scope.insert_after([node for node in scope if node in made][-1], call)
+    splits = {part.split for part in q.streams}  # which follow the projections
+    scope.opset_imports.setdefault(DOMAIN, 1)
+    model.graph.opset_imports.setdefault(DOMAIN, 1)
+    scope.insert_after([node for node in scope if node in splits][-1], call)
     for output, target in zip(call.outputs, (q, k), strict=True):
         output.name = f"{target.value.name}.normed"
         like(output, target.value, list(target.value.shape or ()))
@@ -199,6 +204,26 @@ def _function(name: str, count: int, like_all: _Heads) -> ir.Function:
     for node in function:  # the engine's list of kernels names them
         node.name = node.outputs[0].name
     return function
+
+
+def _type(function: ir.Function, q: ir.Value, heads: _Heads) -> None:
+    """Say what the body's values are: the bytes of kernels are counted by that."""
+    tokens, wide = list(q.shape or ())[:2], ir.TensorType(ir.DataType.FLOAT)
+    narrow = ir.TensorType(heads.dtype)
+    both, one, dim = 2 * heads.heads, heads.heads, heads.head_dim
+    shapes = {
+        "qk": (narrow, [both, dim]),
+        **{name: (wide, [both, dim]) for name in ("wide", "squares")},
+        **{name: (wide, [both, 1]) for name in ("mean", "guarded", "root", "inverse")},
+        **{f"inverse_{part}": (wide, [one, 1]) for part in "qk"},
+        **{f"{name}_{part}": (wide, [one, dim]) for name in ("wide", "scaled") for part in "qk"},
+        **{f"{name}_{part}": (narrow, [one, dim]) for name in ("joined", "narrow") for part in "qk"},
+    }
+    for node in function:
+        for value in node.outputs:
+            if value.name in shapes:
+                value.type, last = shapes[value.name]
+                value.shape = ir.Shape([*tokens, *last])
 
 
 def _joined(name: str, streams: range) -> str:

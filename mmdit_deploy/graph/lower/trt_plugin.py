@@ -251,10 +251,11 @@ def _plugin_pass(name: str, rule: RewriteRule) -> Pass:
 
     def apply(model: ir.Model) -> int:
         scopes: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
-        for scope in scopes:
+        new = [scope for scope in scopes if PLUGIN_DOMAIN not in scope.opset_imports]
+        for scope in new:
             scope.opset_imports[PLUGIN_DOMAIN] = 1
         count = rules.apply(model)
-        for scope in scopes:
+        for scope in new:
             if not any(node.domain == PLUGIN_DOMAIN for node in scope.all_nodes()):
                 del scope.opset_imports[PLUGIN_DOMAIN]
         return count
