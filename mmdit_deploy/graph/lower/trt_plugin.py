@@ -272,7 +272,8 @@ def _drop_bodies(model: ir.Model) -> int:
     read = [key for key in of_plugins if model.functions[key].opset_imports.get("") != OPSET]
     for key in read:
         del model.functions[key]
-    for scope in (model.graph, *model.functions.values()) if read else ():
+    scopes: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for scope in scopes:
         for node in scope.all_nodes():
             if node.op_identifier() in read:
                 node.overload = ""

@@ -189,7 +189,7 @@ def body(plugin: Plugin, variant: _Variant) -> ir.Function:
     for node in function:
         constant = ir.convenience.get_const_tensor(node.outputs[0])
         if constant is not None:
-            node.outputs[0].type, node.outputs[0].shape = ir.TensorType(constant.dtype), ir.Shape(constant.shape)
+            node.outputs[0].type, node.outputs[0].shape = ir.TensorType(constant.dtype), ir.Shape(constant.shape.numpy())
     for node in list(function)[::-1]:  # numbers that this variant has no use for
         if not any(out.uses() for out in node.outputs) and not any(out in function.outputs for out in node.outputs):
             function.remove(node)
