@@ -257,7 +257,8 @@ def test_a_folder_that_is_not_there(source: Path, tmp_path: Path, capsys: pytest
 def test_the_graph_of_a_bundle(dialect: str, bundle: Path) -> None:
     """It is fused already, and its weights file passes for what it is: a plain one, with one name."""
     done = optimize.optimize_file(bundle / "model.onnx", bundle / "again.onnx", dialect)
-    attention = MHA if dialect == "ort" else "Attention"
+    others = {"ort": MHA, "trt-plugin": "mmdit.plugin.MMDiTAttentionPlugin", "decomposed": "Softmax"}
+    attention = others.get(dialect, "Attention")
     assert done.before["Attention"] == done.after[attention] > 0
     assert not any(step.fused for step in done.passes if step not in done.files[0].passes)
     onnx.checker.check_model(str(bundle / "again.onnx"))

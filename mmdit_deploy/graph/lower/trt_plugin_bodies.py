@@ -186,10 +186,10 @@ def body(plugin: Plugin, variant: _Variant) -> ir.Function:
     text = f"""<domain: "{PLUGIN_DOMAIN}", opset_import: ["": {OPSET}]>
         {plugin.name} <{names}> {_BODIES[plugin.name](*variant)}"""
     function = ir.serde.deserialize_function(onnx.parser.parse_function(text))
-    for node in function:
-        constant = ir.convenience.get_const_tensor(node.outputs[0])
+    for out in (node.outputs[0] for node in function):
+        constant = ir.convenience.get_const_tensor(out)
         if constant is not None:
-            node.outputs[0].type, node.outputs[0].shape = ir.TensorType(constant.dtype), ir.Shape(constant.shape.numpy())
+            out.type, out.shape = ir.TensorType(constant.dtype), ir.Shape(constant.shape.numpy())
     for node in list(function)[::-1]:  # numbers that this variant has no use for
         if not any(out.uses() for out in node.outputs) and not any(out in function.outputs for out in node.outputs):
             function.remove(node)
