@@ -133,6 +133,12 @@ def optimize_file(
     files = outputs(target, dialect)
     for path in files:
         _check_target(path, source, force=force)
+        if path != target and path.exists() and source.exists() and os.path.samefile(path, source):
+            raise UsageError(
+                f"the second file of {dialect} goes beside the first, and not over the model",
+                received=f"{path}, the input itself",
+                fix="another name for the target",
+            )
     with written_together(list(files)) as partials:
         written = [
             {"path": str(path), "partial": str(partial), "dialect": lowered_to}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
@@ -187,6 +188,33 @@ def test_both_files_or_none(source: Path, tmp_path: Path, monkeypatch: pytest.Mo
         optimize.optimize_file(source, target, "two", force=True)
     assert not target.exists() and second.read_text() == "mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.onnx", "out.bodies.onnx"]
+
+
+@pytest.mark.usefixtures("two_files")
+def test_the_second_file_is_never_the_model(source: Path, tmp_path: Path) -> None:
+    """Nobody named it."""
+    model = source.rename(tmp_path / "out.bodies.onnx")
+    content = model.read_bytes()
+    with pytest.raises(UsageError, match="not over the model"):
+        optimize.optimize_file(model, tmp_path / "out.onnx", "two", force=True)
+    assert model.read_bytes() == content and not (tmp_path / "out.onnx").exists()
+
+
+def test_the_default_of_an_input_is_no_constant(tmp_path: Path) -> None:
+    """A caller may give another weight of the norm: AdaLN cannot be one op there."""
+    text = """<ir_version: 11, opset_import: ["": 23]>
+    g (float[B,N,4] x, float[B,1,4] scale, float[B,1,4] shift, float[4] w = {1, 1, 1, 1}) => (float[B,N,4] y)
+      <float one = {1}> {
+      normed = LayerNormalization(x, w)
+      factor = Add(scale, one)
+      scaled = Mul(normed, factor)
+      y = Add(scaled, shift)
+    }"""
+    path = tmp_path / "in.onnx"
+    onnx.save(onnx.parser.parse_model(text), path)
+    optimize.optimize_file(path, tmp_path / "out.onnx", "ort")
+    nodes = {node.op_type: list(node.input) for node in onnx.load(tmp_path / "out.onnx").graph.node}
+    assert nodes["LayerNormalization"] == ["x", "w"] and "MMDiTModulate" in nodes
 
 
 def test_a_second_run_changes_nothing(source: Path, tmp_path: Path) -> None:

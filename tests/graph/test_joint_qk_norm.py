@@ -165,3 +165,53 @@ def test_a_norm_that_others_read_stays_for_them() -> None:
 
 def test_counts() -> None:
     assert NORMS == {"MMDiTQKNorm": 2, "MMDiTJointQKNorm": 4}
+
+
+def test_parts_of_tokens_are_not_parts_of_channels() -> None:
+    model = parsed("""<ir_version: 11, opset_import: ["": 23]>
+    g (float[2, 9, 8] a, float[4] w) => (float[2, 3, 2, 4] q, float[2, 3, 2, 4] k)
+      <int64[3] parts = {3, 3, 3}, int64[4] heads = {0, 0, 2, 4}> {
+      a_q, a_k, a_v = Split <axis = 1> (a, parts)
+      a_qh = Reshape (a_q, heads)
+      a_kh = Reshape (a_k, heads)
+      qn = RMSNormalization (a_qh, w)
+      kn = RMSNormalization (a_kh, w)
+      q = Identity (qn)
+      k = Identity (kn)
+    }""")
+    assert joint_qk_norm.apply(model) == 0
+
+
+def test_tokens_that_move_stay() -> None:
+    model = parsed("""<ir_version: 11, opset_import: ["": 23]>
+    g (float[4, 6, 24] a, float[4] w) => (float[6, 4, 2, 4] q, float[6, 4, 2, 4] k)
+      <int64[3] parts = {8, 8, 8}, int64[4] heads = {6, 4, 2, 4}> {
+      a_q, a_k, a_v = Split <axis = 2> (a, parts)
+      a_qh = Reshape (a_q, heads)
+      a_kh = Reshape (a_k, heads)
+      qn = RMSNormalization (a_qh, w)
+      kn = RMSNormalization (a_kh, w)
+      q = Identity (qn)
+      k = Identity (kn)
+    }""")
+    assert joint_qk_norm.apply(model) == 0
+
+
+def test_weights_computed_late_are_there() -> None:
+    model = parsed("""<ir_version: 11, opset_import: ["": 23]>
+    g (float[B, N, 24] a, float[4] u) => (float[B, N, 2, 4] q, float[B, N, 2, 4] k)
+      <int64[3] parts = {8, 8, 8}, int64[4] heads = {0, 0, 2, 4}> {
+      a_q, a_k, a_v = Split <axis = 2> (a, parts)
+      a_qh = Reshape (a_q, heads)
+      a_kh = Reshape (a_k, heads)
+      w = Exp (u)
+      qn = RMSNormalization (a_qh, w)
+      kn = RMSNormalization (a_kh, w)
+      q = Identity (qn)
+      k = Identity (kn)
+    }""")
+    before = evaluate(model)
+    assert joint_qk_norm.apply(model) == 1
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    for mine, theirs in zip(evaluate(model), before, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from mmdit_deploy.graph.fuse.interface import kept_interface
 from mmdit_deploy.graph.lower.adaln import adaln
 from mmdit_deploy.graph.lower.batched_modulation import batched_modulation
 from mmdit_deploy.graph.lower.decomposed import DECOMPOSED
@@ -11,7 +12,7 @@ from mmdit_deploy.graph.lower.emulate_bf16 import emulate_bf16
 from mmdit_deploy.graph.lower.joint_qk_norm import joint_qk_norm
 from mmdit_deploy.graph.lower.linear import linear
 from mmdit_deploy.graph.lower.mask_of_keys import mask_of_keys
-from mmdit_deploy.graph.lower.multi_head_attention import MICROSOFT, multi_head_attention
+from mmdit_deploy.graph.lower.multi_head_attention import multi_head_attention
 from mmdit_deploy.graph.lower.rope_spelled_out import rope_spelled_out
 from mmdit_deploy.graph.lower.rotary_embedding import rotary_embedding
 from mmdit_deploy.graph.lower.spelled_out import spelled_out
@@ -41,9 +42,8 @@ def lower(model: ir.Model, dialect: str, *, explain: bool = False) -> tuple[ir.M
     """A copy of the standard graph in another dialect, and what each pass did."""
     lowered = model.clone()
     lowered.meta.update(model.meta)
-    for imports in (lowered.opset_imports, *(f.opset_imports for f in lowered.functions.values())):
-        imports[MICROSOFT] = 1
-    return lowered, run(lowered, DIALECTS[dialect], explain=explain)
+    with kept_interface(lowered):
+        return lowered, run(lowered, DIALECTS[dialect], explain=explain)
 
 
 __all__ = ["DIALECTS", "lower"]

@@ -76,7 +76,7 @@ def _projection(model: ir.Model, node: ir.Node) -> _Projection | None:
     if "transB" not in gemm.attributes:
         return None
     expected = {"transB": 1.0, "transA": 0.0, "alpha": 1.0, "beta": 1.0}
-    if any(float(a.value) != expected.get(name) for name, a in gemm.attributes.items()):
+    if any(a.is_ref() or float(a.value) != expected.get(name) for name, a in gemm.attributes.items()):
         return None
     x, *weights = node.inputs
     tensors = tuple(

@@ -96,7 +96,7 @@ def _targets(scope: ir.Graph | ir.Function) -> list[_Target]:
     parts = {node.outputs[0]: part for node in scope for part in [_part(node)] if part is not None}
     joint = []
     for node in scope:
-        if node.op_type == "Concat" and len(node.inputs) == 2 and node.attributes["axis"].as_int() == 1:
+        if node.op_type == "Concat" and len(node.inputs) == 2 and _int(node, "axis", 0) == 1:
             streams = tuple(parts[value] for value in node.inputs if value in parts)
             if len(streams) == 2 and len({(part.index, part.heads) for part in streams}) == 1:
                 joint.append(_Target(node.outputs[0], streams))
@@ -127,10 +127,13 @@ def _part(norm: ir.Node) -> _Part | None:
         return None
     if not all(isinstance(width, int) and width % head_dim == 0 for width in widths):
         return None
-    attributes = norm.attributes
-    if attributes.get_int("axis", -1) not in (-1, 3) or attributes.get_int("stash_type", 1) != ir.DataType.FLOAT:
+    if _int(split, "axis", 0) not in (-1, 2) or list(shape)[:2] != list(projection.shape)[:2]:
         return None
-    alike = _Heads(heads, head_dim, len(widths), attributes.get_float("epsilon", 1e-5), dtype)
+    if _int(norm, "axis", -1) not in (-1, 3) or _int(norm, "stash_type", 1) != ir.DataType.FLOAT:
+        return None
+    if "epsilon" in norm.attributes and norm.attributes["epsilon"].is_ref():
+        return None
+    alike = _Heads(heads, head_dim, len(widths), norm.attributes.get_float("epsilon", 1e-5), dtype)
     return _Part(norm.outputs[0], split, projection, weight, index, alike)
 
 
@@ -148,10 +151,11 @@ def _replace(model: ir.Model, scope: ir.Graph | ir.Function, q: _Target, k: _Tar
     call = ir.node(
         name, [*q.projections, *weights], domain=DOMAIN, num_outputs=2, name=f"{q.value.name}_{k.value.name}"
     )
-    splits = {part.split for part in q.streams}  # which follow the projections
+    # Behind all that it reads; splits follow the projections.
+    read = {part.split for part in q.streams} | {weight.producer() for weight in weights}
     scope.opset_imports.setdefault(DOMAIN, 1)
     model.graph.opset_imports.setdefault(DOMAIN, 1)
-    scope.insert_after([node for node in scope if node in splits][-1], call)
+    scope.insert_after([node for node in scope if node in read][-1], call)
     for output, target in zip(call.outputs, (q, k), strict=True):
         output.name = f"{target.value.name}.normed"
         like(output, target.value, list(target.value.shape or ()))
@@ -244,6 +248,14 @@ def _weight_lines(out: str, streams: range, head_dim: int) -> Iterator[str]:
         yield f"shape_{out}{i} = Concat <axis = 0> (one_{out}, tokens_{out}{i}, one_{out}, width_{out})"
         yield f"weight_{out}{i} = Expand (w{out}{i}, shape_{out}{i})"
     yield f"weight_{out} = {_joined(f'weight_{out}{{}}', streams)}"
+
+
+def _int(node: ir.Node, name: str, default: int) -> int | None:
+    """An attribute; None where it is the one of the function around it, which may be anything."""
+    attribute = node.attributes.get(name)
+    if attribute is None:
+        return default
+    return None if attribute.is_ref() else attribute.as_int()
 
 
 def _producer(value: ir.Value | None, op: str) -> ir.Node | None:
