@@ -91,6 +91,16 @@ STAYS = {
         NORM.replace("q = Pow(d", "q = Pow(x") + " y = Mul(n, w)",
         "the variance is of another value (x)",
     ),
+    "epsilon of more axes": (
+        "e = Constant<value = float[1,1,1,1] {0.01}>() a = Constant<value_ints = [0]>() "
+        + NORM.replace("eps", "e")
+        + " k = Squeeze(n, a) y = Mul(k, w)",
+        "a constant adds axes (n)",
+    ),
+    "the variance rounded": (
+        NORM.replace("s = Add(v, eps)", "h = Cast<to=10>(v) f = Cast<to=1>(h) s = Add(f, eps)") + " y = Mul(n, w)",
+        "it is rounded to FLOAT16 inside (Cast → h)",
+    ),
     "a deviation alone": (f"{DEVIATION} y = Mul(d, w)", None),
     "divided by another root": (
         f"{DEVIATION} a = Abs(scale) r = Sqrt(a) y = Div(d, r)",

@@ -22,6 +22,20 @@ NORMED = "n = LayerNormalization(x, w)"
 NEAR_MISSES = {
     "not added to 1": (f"{NORMED} m = Mul(n, scale) y = Add(m, shift)", "the scale is not added to 1 (scale)"),
     "added to 2": (f"{NORMED} f = Add(scale, two) m = Mul(n, f) y = Add(m, shift)", "the scale is not added to 1 (f)"),
+    "added to almost 1": (
+        f"{NORMED} c = Constant<value_float = 1.0009>() f = Add(scale, c) m = Mul(n, f) y = Add(m, shift)",
+        "the scale is not added to 1 (f)",
+    ),
+    "added to eight ones": (
+        f"{NORMED} c = Constant<value = float[8] {{1,1,1,1,1,1,1,1}}>() f = Add(scale, c) m = Mul(n, f) "
+        "y = Add(m, shift)",
+        "the scale is not added to 1 (f)",
+    ),
+    "added to a 1 of more axes, and turned": (
+        f"{NORMED} a = Constant<value_ints = [1]>() q = Squeeze(scale, a) c = Constant<value = float[1,1,1] {{1}}>() "
+        "p = Add(q, c) f = Transpose<perm = [1,0,2]>(p) m = Mul(n, f) y = Add(m, shift)",
+        "the scale is not added to 1 (f)",
+    ),
     "no shift": (f"{NORMED} f = Add(scale, one) y = Mul(n, f)", "no shift is added (y)"),
     "no norm": ("f = Add(scale, one) m = Mul(x, f) y = Add(m, shift)", "what is modulated is not a norm (x)"),
     "a scale for all": (

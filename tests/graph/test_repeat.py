@@ -51,6 +51,20 @@ def test_fires_and_keeps_the_numbers() -> None:
     assert repeat.apply(model) == 0 and repeat.left(model) == ()
 
 
+def test_what_a_call_gives_is_not_known() -> None:
+    """How a Transpose in a function turns, say: its pattern is not broken by it."""
+    body = repeated().split("{\n", 1)[1].replace("perm = [1, 0]", "perm: ints = @perm")
+    text = f"""<ir_version: 11, opset_import: ["": 23, "local": 1]>
+    g (float[5, 4] x, int64[1] axis, int64[1] one, int64[3] shape, int64[3] index, int64[4] counts)
+        => (float[5, R] y) {{
+      y = local.Turn<perm = [1, 0]>(x, axis, one, shape, index, counts)
+    }}
+    <domain: "local", opset_import: ["": 23]> Turn <perm> (x, axis, one, shape, index, counts) => (y) {{ {body}"""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    assert repeat.apply(model) == 0
+    assert repeat.left(model) == ()
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [

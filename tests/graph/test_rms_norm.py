@@ -96,6 +96,24 @@ STAYS = {
         "a = Abs(x) q = Mul(a, a) m = ReduceMean(q, last) s = Add(m, eps) r = Sqrt(s) n = Div(x, r) y = Mul(n, w)",
         "what is squared is not what is divided (a)",
     ),
+    "epsilon of more axes": (
+        "e = Constant<value = float[1,1,1,1] {0.01}>() " + FACTOR.replace("eps", "e")
+        + " k = Squeeze(n, zero) y = Mul(k, w)",
+        "a constant adds axes (n)",
+    ),
+    "a power that adds axes, and moves the mean's": (
+        "p = Constant<value = float[1,1,1,1] {2}>() q = Pow(x, p) m = ReduceMean(q, third) s = Add(m, eps) "
+        "r = Sqrt(s) n = Div(x, r) k = Squeeze(n, zero) y = Mul(k, w)",
+        "a constant adds axes before the mean (ReduceMean → m)",
+    ),
+    "the root rounded": (
+        f"{NORM} h = Cast<to=10>(r) f = Cast<to=1>(h) n = Div(x, f) y = Mul(n, w)",
+        "it is rounded to FLOAT16 inside (Cast → h)",
+    ),
+    "the mean rounded": (
+        f"{FACTOR} y = Mul(n, w)".replace("s = Add(m, eps)", "h = Cast<to=10>(m) f = Cast<to=1>(h) s = Add(f, eps)"),
+        "it is rounded to FLOAT16 inside (Cast → h)",
+    ),
     "no squares": ("m = ReduceMean(x, last) s = Add(m, two) a = Abs(s) r = Sqrt(a) y = Div(x, r)", None),
     "length": ("m = ReduceL2(x, last) y = Div(x, m)", None),
     "a cube": ("c = Constant<value_float=3.0>() q = Pow(x, c) m = ReduceMean(q, last) s = Add(m, two) "
@@ -147,6 +165,25 @@ def test_by_hand(name: str, fused: Callable[..., ir.Model]) -> None:
 def test_a_near_miss_stays(name: str, reasons_left: Callable[..., list[str]]) -> None:
     body, reason = STAYS[name]
     assert reasons_left(weighted(body), PASSES) == ([] if reason is None else [reason])
+
+
+def test_a_mean_that_meets_other_samples_than_its_own_stays(reasons_left: Callable[..., list[str]]) -> None:
+    body = """m = ReduceMean<keepdims=0>(q, last) a = Constant<value_ints=[1,4,1]>() f = Reshape(m, a) s = Add(f, eps)
+        r = Sqrt(s) n = Div(x, r) y = ReduceMean(n, second)"""
+    text = weighted(f"q = Mul(x, x) {body}").replace("[B,N,8]", "[4,1,8]")
+    assert reasons_left(text, PASSES) == ["the mean drops its axes (ReduceMean → m)"]
+
+
+@pytest.mark.parametrize(("epsilon", "fires"), [("0.01", 1), ("1e-12", 0)])
+def test_a_factor_in_fp16_that_may_be_infinite(epsilon: str, fires: int) -> None:
+    """Of x in fp16 it may be rounded to fp16, as exporters have it, where that is only a rounding."""
+    body = f"{NORM} i = Reciprocal(r) h = Cast<to=10>(i) y = Mul(x, h)".replace("Mul(x, x)", "Mul(f, f)")
+    text = weighted(f"f = Cast<to=1>(x) {body}", dtype="float16").replace("eps = {0.01}", f"eps = {{{epsilon}}}")
+    model = ir.from_proto(onnx.parser.parse_model(HEADER + text))
+    run(model, PREPARE)
+    assert rms_norm.apply(model) == fires
+    left = [x.reason for x in rms_norm.left(model)]
+    assert left == ([] if fires else ["it is rounded to FLOAT16 inside (Cast → h)"])
 
 
 def test_fp64_stays(reasons_left: Callable[..., list[str]]) -> None:
@@ -289,5 +326,6 @@ def test_its_factor_is_an_output_too() -> None:
 
 def test_they_run_before_what_reads_norms() -> None:
     names = [step.name for step in FUSE]
-    assert [names.index(step.name) for step in PASSES] == list(range(len(PASSES)))
+    places = [names.index(step.name) for step in PASSES]
+    assert places == sorted(places) and places[0] == 0
     assert names.index("modulate") > names.index(norm_casts.name)

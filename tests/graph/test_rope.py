@@ -19,7 +19,7 @@ from mmdit_deploy.errors import GraphError
 from mmdit_deploy.families import preset
 from mmdit_deploy.graph.assemble import trace_kinds
 from mmdit_deploy.graph.census import check_census
-from mmdit_deploy.graph.fuse import PREPARE
+from mmdit_deploy.graph.fuse import FUSE, PREPARE
 from mmdit_deploy.graph.fuse.rope import rope
 from mmdit_deploy.graph.lower.rope_spelled_out import rope_spelled_out
 from mmdit_deploy.graph.lower.rotary_embedding import rotary_embedding
@@ -222,6 +222,49 @@ def test_cosines_of_a_pair_that_differ(cosine: str, tokens: str, reason: str) ->
     assert reason in left.reason
 
 
+@pytest.mark.parametrize(
+    ("x", "angles"),
+    [
+        ("B,2,N,4", "T,2"),  # N may be 1
+        ("B,2,N,4", "E,1,N,2"),  # B may be 1
+        ("B,N,2,4", "E,N,1,2"),
+    ],
+)
+def test_angles_that_may_stretch_x(x: str, angles: str) -> None:
+    """Of dims of two names one may be 1 and broadcast, x's too: RotaryEmbedding does not."""
+    body = f"""{HALVES} cos = Concat<axis=-1>(c, c) sin = Concat<axis=-1>(s, s)
+        xc = Mul(x, cos) rs = Mul(r, sin) y = Add(xc, rs)"""
+    fires = turned(body, shape=x).replace("[N,2]", f"[{angles.replace('T', 'N').replace('E', 'B')}]")
+    assert rope.apply(parse(fires)) == 1
+    model = parse(
+        turned(body, shape=x).replace("[N,2]", f"[{angles}]").replace(f"(float[{x}] y)", "(float[I,J,K,4] y)")
+    )
+    assert rope.apply(model) == 0
+    (left,) = rope.left(model)
+    assert left.reason == "its angles are for other tokens, or other samples (x)"
+
+
+@pytest.mark.parametrize("given", ["Split<axis: int = @axis, num_outputs = 2>", "Concat<axis: int = @axis>"])
+def test_what_a_call_gives_is_not_known(given: str, in_onnx_runtime: Callable[..., list[np.ndarray]]) -> None:
+    """Along which axis a function splits x, say."""
+    body = "a, b = Split<axis = -1, num_outputs = 2>(x) n = Neg(b) r = Concat<axis = -1>(n, a)"
+    op = given.split("<")[0]
+    start = body.index(op)
+    body = body[:start] + given + body[body.index(">", start) + 1 :]
+    text = f"""g (float[B,2,N,4] x, float[N,4] c, float[N,4] s) => (float[B,2,N,4] y) {{
+          y = local.Turn<axis = -1>(x, c, s)
+        }}
+        <domain: "local", opset_import: ["": 23]> Turn <axis> (x, c, s) => (y) {{
+          {body} xc = Mul(x, c) rs = Mul(r, s) y = Add(xc, rs)
+        }}"""
+    proto = onnx.parser.parse_model('<ir_version: 11, opset_import: ["": 23, "local": 1]>\n' + text)
+    model = ir.from_proto(proto)
+    run(model, PREPARE)
+    for step in FUSE:
+        assert step.apply(model) == 0
+    np.testing.assert_array_equal(in_onnx_runtime(ir.to_proto(model))[0], in_onnx_runtime(proto)[0])
+
+
 def test_double_precision_stays() -> None:
     model = parse(turned(SHIFTED.replace("c2", "c1")).replace("float[", "double["))
     assert rope.apply(model) == 0
@@ -302,6 +345,23 @@ def test_spelled_out_by_position(in_onnx_runtime: Callable[[onnx.ModelProto], li
     before = in_onnx_runtime(ir.to_proto(model))
     assert rope_spelled_out.apply(model) == 1
     np.testing.assert_allclose(in_onnx_runtime(ir.to_proto(model))[0], before[0], **EXACT)
+
+
+@pytest.mark.parametrize("attribute", ["interleaved", "num_heads", "rotary_embedding_dim"])
+def test_what_a_call_gives_is_not_spelled_out(attribute: str) -> None:
+    others = {"interleaved": 1, "num_heads": 2, "rotary_embedding_dim": 2}
+    given = ", ".join(f"{n} = {v}" if n != attribute else f"{n}: int = @{n}" for n, v in others.items())
+    text = f"""g (float[B,N,8] x, float[B,N,1] c, float[B,N,1] s) => (float[B,N,8] y) {{
+          y = local.Turn<{attribute} = {others[attribute]}>(x, c, s)
+        }}
+        <domain: "local", opset_import: ["": 23]> Turn <{attribute}> (x, c, s) => (y) {{
+          y = RotaryEmbedding<{given}>(x, c, s)
+        }}"""
+    model = ir.from_proto(onnx.parser.parse_model('<ir_version: 11, opset_import: ["": 23, "local": 1]>\n' + text))
+    run(model, PREPARE)
+    assert rope_spelled_out.apply(model) == 0
+    (left,) = rope_spelled_out.left(model)
+    assert left.reason.startswith(f"its {attribute} is given by each call of the function around it")
 
 
 @pytest.mark.parametrize("lowering", [rotary_embedding, rope_spelled_out], ids=lambda p: p.name)

@@ -87,6 +87,12 @@ def flat_attention(attributes: str, mask: str = "") -> str:
         => (float[B,N,16] y) {{ y = Attention<{attributes}>(q, k, v{extra}) }}"""
 
 
+def finite_mask(made: str) -> str:
+    text = flat_attention("q_num_heads=2, kv_num_heads=2", mask="bool[B,1,N,M]").replace(", mask)", ", m)")
+    constants = "zero = Constant<value = float {0}>() low = Constant<value = float {-1e30}>()"
+    return text.replace("{ y =", f"<float[B,1,N,M] m> {{ {constants} m = {made} y =")
+
+
 def key_mask(expanded: str, mask: str = "float[2,1,1,3]") -> str:
     """Attention with a mask that is expanded to a shape."""
     return f"""g (float[2,2,3,8] q, float[2,2,3,8] k, float[2,2,3,8] v, {mask} mask) => (float[2,2,3,8] y)
@@ -154,9 +160,13 @@ CASES = {
     ),
     "multi-head attention, masked": Case(
         multi_head_attention,
-        flat_attention("q_num_heads=2, kv_num_heads=2", mask="float[B,1,N,M]"),
-        {"MultiHeadAttention": 1},
+        finite_mask("Where(mask, zero, low)"),
+        {"MultiHeadAttention": 1, "Where": 1, "Constant": 2},
         {
+            "a mask that may be infinite": flat_attention("q_num_heads=2, kv_num_heads=2", mask="float[B,1,N,M]"),
+            "an infinite mask": finite_mask("Where(mask, zero, inf)").replace(
+                "m =", "high = Neg(low) inf = Mul(low, high) m ="
+            ),
             "a mask of queries and keys": flat_attention("q_num_heads=2, kv_num_heads=2", mask="float[N,M]"),
             "a bool mask": flat_attention("q_num_heads=2, kv_num_heads=2", mask="bool[B,1,N,M]"),
         },
@@ -170,6 +180,9 @@ CASES = {
             "soft-capped": flat_attention("q_num_heads=2, kv_num_heads=2, softcap=2.0"),
             "grouped heads": flat_attention("q_num_heads=4, kv_num_heads=2").replace("float[B,M,16]", "float[B,M,8]"),
             "four axes": attention("{0,0,16}"),
+            "fp64": flat_attention("q_num_heads=2, kv_num_heads=2")
+            .replace("y = Attention", "a = Cast<to=11>(q) b = Cast<to=11>(k) c = Cast<to=11>(v) z = Attention")
+            .replace("(q, k, v) }", "(a, b, c) y = Cast<to=1>(z) }"),
         },
     ),
     "adaptive layer norm": Case(
@@ -191,6 +204,9 @@ CASES = {
         {
             "not transposed": dense(perm="[0,1]", weight="float[8,6]"),
             "a vector": dense(x="float[8]").replace("float[B,N,6] y", "float[6] y"),
+            "integers": dense()
+            .replace("t =", "xi = Cast<to=6>(x) wi = Cast<to=6>(w) t =")
+            .replace("(w)\n      m = MatMul(x, t)", "(wi)\n      i = MatMul(xi, t) m = Cast<to=1>(i)"),
             "a batch of matrices": dense(perm="[0,2,1]", weight="float[B,6,8]"),
         },
     ),

@@ -21,6 +21,7 @@ from mmdit_deploy.graph.fuse.attention_mask import attention_mask
 from mmdit_deploy.graph.fuse.known_values import known
 from mmdit_deploy.graph.fuse.sdpa import sdpa
 from mmdit_deploy.graph.lower.mask_of_keys import mask_of_keys
+from mmdit_deploy.graph.lower.multi_head_attention import multi_head_attention
 from mmdit_deploy.graph.passes import run
 
 SUBJECT = "sdpa"
@@ -220,7 +221,7 @@ FIRES = {
             *(*HALF_Q, "float[batch,1,tokens,keys] mask"),
             outputs=HALF_Y,
         ),
-        {"Attention": 1, "Constant": 1, "Max": 1, "Cast": 1},
+        {"Attention": 1, "Constant": 2, "Clip": 1, "Cast": 1},
         5e-3,
     ),
     "groups of heads, repeated with the tokens first": Case(
@@ -279,6 +280,36 @@ LEFT = {
             *("float[1,4,tokens,8] q", "float[1,4,keys,8] k", "float[1,4,keys,8] v", "float[batch,1,tokens,keys] mask"),
         ),
         "the mask stretches the scores (mask)",
+    ),
+    "a mask of zeros that stretches the heads": (
+        graph(
+            f"{PRODUCT} x = Add(s, zero) {REST}",
+            *("float[2,1,5,8] q", "float[2,1,7,8] k", "float[2,1,7,8] v"),
+            weights="float[1,4,1,1] zero = {0,0,0,0}",
+            outputs="float[2,4,5,8] y",
+        ),
+        "the mask stretches the scores (zero)",
+    ),
+    "a scale of five axes": (
+        graph(
+            f"{PRODUCT} x = Mul(s, c) {REST}",
+            weights="float[1,1,1,1,1] c = {0.25}",
+            outputs="float[1,batch,4,tokens,8] y",
+        ),
+        "the scores may get more axes (c)",
+    ),
+    "a fill of five axes": (
+        graph(
+            f"{PRODUCT} x = Where(mask, s, low) {REST}",
+            "bool[batch,1,tokens,keys] mask",
+            weights="float[1,1,1,1,1] low = {-1e30}",
+            outputs="float[1,batch,4,tokens,8] y",
+        ),
+        "the scores may get more axes (low)",
+    ),
+    "a scale below zero": (
+        graph(f"{PRODUCT} x = Mul(s, c) {REST}", weights="float c = {-0.25}"),
+        "the scale is -0.25, and ONNX Runtime's op takes none below 0 (",
     ),
     "a fill near other scores": (
         masked("bool[batch,1,tokens,keys] mask", "x = Where(mask, s, low)", "float low = {-1e4}"),
@@ -495,7 +526,7 @@ MASKS = {
     "of keys": (attended("float[batch,4,1,keys] mask"), ROWS),
     "of another type": (
         attended("float[batch,1,tokens,keys] mask", half=True),
-        {"Max": 1, "Constant": 1, "Cast": 1},
+        {"Clip": 1, "Constant": 2, "Cast": 1},
     ),
 }
 
@@ -626,3 +657,99 @@ def test_a_norm_that_others_read_is_not_made_twice() -> None:
     assert attention_layout.apply(model) == 1
     found = Counter(node.op_type for node in model.graph)
     assert (found["Tanh"], found["Transpose"]) == (2, 2)
+
+
+def test_windows_that_are_merged_are_not_heads() -> None:
+    """[w, n, 64] becomes [w/4, 4·n, 64]: no dim is a number, and none is what it was."""
+    text = """g (float[w,n,32] x) => (float[images,pixels,32] y)
+        <int64[4] heads = {0,0,4,8}, int64[1] four = {4}, int64[1] width = {32}> {
+      h = Reshape(x, heads) q = Transpose<perm=[0,2,1,3]>(h) a = Attention(q, q, q)
+      t = Transpose<perm=[0,2,1,3]>(a) w = Shape<start=0, end=1>(x) n = Shape<start=1, end=2>(x)
+      images = Div(w, four) pixels = Mul(n, four) shape = Concat<axis=0>(images, pixels, width) y = Reshape(t, shape)
+    }"""
+    model = _model(text)
+    run(model, PREPARE)
+    assert attention_layout.apply(model) == 0
+    assert attention_layout.left(model)[0].reason.startswith("the result is not merged to (B, N, H·D)")
+
+
+def test_a_bias_beyond_fp16_is_finite_there(in_onnx_runtime: Execute) -> None:
+    text = FIRES["scores and softmax in fp32"].text.replace("a = Add(f, mask)", "b1 = Mul(mask, big) a = Add(f, b1)")
+    model = _model(text.replace(" {", " <float big = {1e6}> {", 1))
+    before = in_onnx_runtime(ir.to_proto(model))[0]
+    run(model, PREPARE)
+    assert run(model, PASSES)[0].count == 1
+    after = in_onnx_runtime(ir.to_proto(model))[0]
+    assert np.isfinite(before).all() and np.isfinite(after).all()
+
+
+def test_a_row_that_is_all_masked_with_a_finite_fill(in_onnx_runtime: Execute) -> None:
+    """Its probabilities are equal, however big its scores are."""
+    body = "none = Xor(mask, mask) big = Mul(s, c) x = Where(none, big, low)"
+    model = _model(masked("bool[batch,1,tokens,keys] mask", body, "float c = {1e5}, float low = {-1e9}"))
+    before = in_onnx_runtime(ir.to_proto(model))[0]
+    run(model, PREPARE)
+    assert run(model, PASSES)[0].count == 1
+    np.testing.assert_allclose(in_onnx_runtime(ir.to_proto(model))[0], before, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("count", [40, 2000])
+def test_long_chains_of_sums_take_no_time(count: int) -> None:
+    """Each value is looked at once, and none is far away: 40 sums of a value with itself are 2⁴⁰ ways to the first."""
+    sums = " ".join(f"a{i + 1} = Add(a{i}, {'u' if count > 40 else f'a{i}'})" for i in range(count))
+    model = _model(
+        f"g (float[4,4] a0, float[4,4] u) => (float[4,4] y) {{ {sums} p = Softmax(a{count}) y = MatMul(p, u) }}"
+    )
+    assert sdpa.apply(model) == 0
+    assert not sdpa.left(model)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (masked("float[samples,1,tokens,keys] mask"), "the mask stretches the scores (mask)"),
+        (graph(f"{PRODUCT} x = Identity(s) {REST}", "float[one,4,tokens,8] q"), "Q, K and V have unlike batches (q, k"),
+    ],
+)
+def test_axes_of_unlike_names_may_be_stretched(text: str, reason: str) -> None:
+    """One of them may be 1, and the other not."""
+    assert _left(_model(text))[0].startswith(reason)
+
+
+def test_calls_of_unlike_batches() -> None:
+    """Inside the function the batch has a name, and in one of its calls it is 1 and the mask's is 2."""
+    before = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["": 20, "f": 1]>
+    g (float[2,4,5,8] q, float[1,4,5,8] r, float[2,1,1,5] mask) => (float[2,4,5,8] y, float[2,4,5,8] z) {
+      y = f.F(q, mask) z = f.F(r, mask)
+    }
+    <domain: "f", opset_import: ["": 20]> F (q, m) => (y) {
+      kt = Transpose<perm=[0,1,3,2]>(q) a = MatMul(q, kt) d = Add(a, m) p = Softmax<axis=-1>(d) y = MatMul(p, q)
+    }""")
+    model = ir.from_proto(before)
+    assert _left(model)[0].startswith("the mask stretches the scores (m)")
+
+
+def test_a_row_that_is_all_masked_is_not_lowered_to_nan(in_onnx_runtime: Execute) -> None:
+    """ONNX Runtime's own op would make it so."""
+    text = """g (float[batch,tokens,32] q, bool[batch,1,tokens,tokens] yes) => (float[batch,tokens,32] y) {
+      no = Not(yes) mask = And(yes, no) zero = Constant<value = float {0}>() low = Constant<value = float {-inf}>()
+      m = Where(mask, zero, low) y = Attention<q_num_heads=4, kv_num_heads=4>(q, q, q, m)
+    }"""
+    model = _model(text)
+    run(model, PREPARE)
+    assert multi_head_attention.apply(model) == 0
+    assert multi_head_attention.left(model)[0].reason.startswith("the mask may be infinite")
+    assert not in_onnx_runtime(ir.to_proto(model))[0].any()
+
+
+def test_heads_that_a_call_gives_are_left() -> None:
+    model = ir.from_proto(
+        onnx.parser.parse_model("""<ir_version: 11, opset_import: ["": 23, "f": 1]>
+    g (float[b,n,64] q) => (float[b,n,64] y) { y = f.F<h=4>(q) }
+    <domain: "f", opset_import: ["": 23]> F <h>(q) => (y) {
+      y = Attention<q_num_heads: int = @h, kv_num_heads: int = @h>(q, q, q)
+    }""")
+    )
+    run(model, PREPARE)
+    assert multi_head_attention.apply(model) == 0
+    assert multi_head_attention.left(model)[0].reason.startswith("its heads or scale differ from call to call")

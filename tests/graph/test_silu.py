@@ -15,6 +15,19 @@ NEAR_MISSES = {
         "c = Constant<value_float = 2.0>() n = Neg(x) e = Exp(n) d = Add(c, e) y = Div(x, d)",
         "not 1 is added to the exponential (c)",
     ),
+    "almost 1": (
+        "c = Constant<value_float = 1.0009>() n = Neg(x) e = Exp(n) d = Add(e, c) y = Div(x, d)",
+        "not 1 is added to the exponential (c)",
+    ),
+    "eight ones": (
+        "c = Constant<value = float[8] {1,1,1,1,1,1,1,1}>() n = Neg(x) e = Exp(n) d = Add(e, c) y = Div(x, d)",
+        "not 1 is added to the exponential (c)",
+    ),
+    "a 1 of four axes": (
+        "c = Constant<value = float[1,1,1,1] {1}>() n = Neg(x) e = Exp(n) d = Add(e, c) f = Div(x, d) "
+        "a = Constant<value_ints = [0]>() y = Squeeze(f, a)",
+        "the 1 that is added has more axes than x (c)",
+    ),
     "a gate": ("a = Abs(x) s = Sigmoid(a) y = Mul(x, s)", None),
     "not negated": ("c = Constant<value_float = 1.0>() e = Exp(x) d = Add(c, e) y = Div(x, d)", None),
 }

@@ -20,6 +20,7 @@ from typing import Any
 from onnxscript.rewriter import pattern
 from onnxscript.rewriter.pattern import MatchResult, RewriteRuleClassBase
 
+from mmdit_deploy.graph.attributes import Ints
 from mmdit_deploy.graph.fuse.heads import same_dims
 from mmdit_deploy.graph.fuse.tokens_first import heads_merged, merged_shape, swapped, tokens_first, transposed
 from mmdit_deploy.graph.passes import Pass, rule_pass
@@ -34,7 +35,7 @@ class _Attention3D(RewriteRuleClassBase):
 
     def pattern(self, op: Any, q: Any, k: Any, v: Any, shape: Any) -> Any:
         attended = op.Attention(q, k, v, _allow_other_attributes=True, _outputs=["attended"])
-        return op.Reshape(op.Transpose(attended, perm=[0, 2, 1, 3]), shape, _outputs=["merged"])
+        return op.Reshape(op.Transpose(attended, perm=Ints(0, 2, 1, 3)), shape, _outputs=["merged"])
 
     def check(self, op: Any, q: Any, k: Any, v: Any, attended: Any, merged: Any, **_: Any) -> MatchResult:
         result = MatchResult()
@@ -68,7 +69,7 @@ class _Attention3D(RewriteRuleClassBase):
 class _MaskedAttention3D(_Attention3D):
     def pattern(self, op: Any, q: Any, k: Any, v: Any, mask: Any, shape: Any) -> Any:  # type: ignore[override]
         attended = op.Attention(q, k, v, mask, _allow_other_attributes=True, _outputs=["attended"])
-        return op.Reshape(op.Transpose(attended, perm=[0, 2, 1, 3]), shape, _outputs=["merged"])
+        return op.Reshape(op.Transpose(attended, perm=Ints(0, 2, 1, 3)), shape, _outputs=["merged"])
 
 
 class _PartsHeads(RewriteRuleClassBase):
@@ -94,7 +95,7 @@ def _merges_heads(merged: Any, q: Any, v: Any) -> bool:
     """Whether (B, N, H, D) becomes (B, N, H·D), and not, say, (B, N·H, D) or (1, B·N, H·D)."""
     if merged is None or len(merged) != 3 or merged[2] != q[2] * v[3]:
         return False
-    return all(new == old for new, old in zip(merged[:2], q[:2], strict=True) if isinstance(new, int))
+    return same_dims(list(merged)[:2], list(q)[:2])
 
 
 def _static(dims: Any) -> bool:

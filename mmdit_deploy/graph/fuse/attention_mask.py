@@ -91,12 +91,17 @@ def _spelled_out(op: Any, mask: ir.Value, q: ir.Value, k: ir.Value, dims: Sequen
 
 
 def as_type(op: Any, mask: ir.Value, q: ir.Value) -> ir.Value:
-    """A mask to add in the type of Q. The lowest number of fp32 becomes that of fp16, and not infinite."""
+    """A mask to add in the type of Q.
+
+    The lowest number of fp32 becomes that of fp16, and not infinite. A high one becomes half of the highest: more of
+    it makes no other key count, and a score can still be added.
+    """
     assert q.dtype is not None and mask.dtype is not None
     if mask.dtype == q.dtype:
         return mask
     if float(mask.dtype.min) < float(q.dtype.min):
-        mask = like(op.Max(mask, constant(op, float(q.dtype.min), mask.dtype)), mask, dims_of(mask))
+        bounds = (constant(op, bound, mask.dtype) for bound in (float(q.dtype.min), float(q.dtype.max) / 2))
+        mask = like(op.Clip(mask, *bounds), mask, dims_of(mask))
     return like(op.Cast(mask, to=q.dtype), q, dims_of(mask))
 
 

@@ -16,6 +16,10 @@ from mmdit_deploy.graph.fuse.einsum import Perm
 from mmdit_deploy.graph.fuse.heads import Dim, before_merging, broadcast, dims_of
 from mmdit_deploy.graph.passes import like
 
+# What a finite fill becomes, which replaced the scores and is now added to them: so far down that in fp32 and bf16 no
+# score is left of the sum, and a row that is all masked has equal probabilities. Two of them are still finite.
+_FAR = -1e30
+
 
 @dataclass(frozen=True)
 class SpelledOut:
@@ -92,6 +96,6 @@ def _added_mask(op: Any, mask: Mask, q: ir.Value, *, apart: bool) -> ir.Value:
 def _sides(op: Any, mask: Mask, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
     """What a condition adds where it holds, and where not."""
     assert mask.fill is not None
-    fill = mask.fill if math.isinf(mask.fill) else max(mask.fill * mask.factor, float(dtype.min))
+    fill = mask.fill if math.isinf(mask.fill) else max(_FAR, float(dtype.min))
     kept, masked = constant(op, 0.0, dtype), constant(op, fill, dtype)
     return (kept, masked) if mask.keeps else (masked, kept)

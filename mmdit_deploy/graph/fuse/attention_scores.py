@@ -13,11 +13,13 @@ import onnx_ir as ir
 from onnxscript.rewriter._basics import MatchFailureError
 
 from mmdit_deploy.graph.fuse.attention_operands import Operand, is_product, product_operands, scaled_by
-from mmdit_deploy.graph.fuse.heads import Dim, same_dims
+from mmdit_deploy.graph.fuse.heads import Dim, same_dims, stretches
 from mmdit_deploy.graph.fuse.known_values import is_zero, number
 
-# A score of this or less, by type, is a mask: what is added to it is lost in rounding, so that a row which is all
-# masked has equal probabilities whether the number replaces the scores or is added to them.
+# A score of this or less, by type, is a mask, as no other score is near it; that one could be is not looked at.
+# The op adds it, where the graph puts it in place of the scores. Where a row has keys that are not masked, that is
+# the same. A row that is all masked has equal probabilities, and has them of the op too in fp32 and bf16
+# (`attention_op._FAR`). In fp16 no number is that far away: of scores beyond ±16 something is left.
 _MASKED = {ir.DataType.FLOAT: -1e9, ir.DataType.BFLOAT16: -1e9, ir.DataType.FLOAT16: -3e4}
 _AS_THEY_ARE = ("Identity", "Cast", "Reshape")
 _FLOATS = (*_MASKED, ir.DataType.DOUBLE)
@@ -81,8 +83,10 @@ def read_scores(scores: ir.Value) -> Scores:
             _check_masked(masks)
             return Scores(value, *product_operands(node), factor, masks, nodes)
         value, times, mask = _step(node)
-        if mask is not None and not (mask.fill is None and is_zero(mask.value)):
-            masks.append(replace(mask, factor=factor))
+        if mask is not None:
+            _check_stretches_nothing(mask)
+            if mask.fill is not None or not is_zero(mask.value):
+                masks.append(replace(mask, factor=factor))
         factor *= times
     raise MatchFailureError("the softmax is not one of a product", value)
 
@@ -110,6 +114,7 @@ def _scaled(node: ir.Node) -> tuple[ir.Value, float, None]:
     scores, scale = scaled_by(node)
     if scores is None:
         raise MatchFailureError("the scores' scale is not one known number", node)
+    check_adds_no_axis(node, scores)
     return scores, scale, None
 
 
@@ -121,14 +126,23 @@ def _masked(node: ir.Node, first: ir.Value, second: ir.Value) -> tuple[ir.Value,
 
 
 def _leads_to_product(value: ir.Value) -> bool:
-    """Whether a value is a product, scaled and masked or not."""
-    node = value.producer()
-    if node is None or is_product(node):
-        return node is not None
-    inputs = [v for v in (node.inputs[1:] if node.op_type == "Where" else node.inputs[:1]) if v is not None]
-    if node.op_type in ("Add", "Mul"):
-        inputs = [v for v in node.inputs if v is not None]
-    return node.op_type in (*_AS_THEY_ARE, "Add", "Mul", "Div", "Where") and any(map(_leads_to_product, inputs))
+    """Whether a value is a product, scaled and masked or not: one that is near, each value looked at once."""
+    seen, values = {value}, [value]
+    for _ in range(_NEAR):
+        nodes = [node for v in values if (node := v.producer()) is not None]
+        if any(map(is_product, nodes)):
+            return True
+        values = [v for v in dict.fromkeys(v for node in nodes for v in _may_be_scores(node)) if v not in seen]
+        seen.update(values)
+    return False
+
+
+def _may_be_scores(node: ir.Node) -> list[ir.Value]:
+    """The inputs of a node of which one may be scores that it scales or masks."""
+    if node.op_type not in (*_AS_THEY_ARE, "Add", "Mul", "Div", "Where"):
+        return []
+    inputs = {"Add": node.inputs, "Mul": node.inputs, "Where": node.inputs[1:]}.get(node.op_type, node.inputs[:1])
+    return [v for v in inputs if v is not None]
 
 
 def _comes_from_product(value: ir.Value) -> bool:
@@ -148,8 +162,28 @@ def _filled(node: ir.Node) -> tuple[ir.Value, float, Mask]:
     for scores, other, keeps in ((if_true, if_false, True), (if_false, if_true, False)):
         fill = number(other)
         if fill is not None:
+            check_adds_no_axis(node, scores)
             return scores, 1.0, Mask(condition, _dims(scores), fill=fill, keeps=keeps, dtype=scores.dtype)
     raise MatchFailureError("scores are replaced by what is not one known number", node)
+
+
+def check_adds_no_axis(node: ir.Node, scores: ir.Value) -> None:
+    """Check that what a node makes of scores or probabilities has as many axes: one number may have more.
+
+    Raises:
+        MatchFailureError: it has not.
+    """
+    rank = len(_dims(scores))
+    for value in node.inputs:
+        if value is not scores and value is not None and (value.shape is None or len(value.shape) > rank):
+            raise MatchFailureError("the scores may get more axes", value)
+
+
+def _check_stretches_nothing(mask: Mask) -> None:
+    if mask.value.shape is None:
+        raise MatchFailureError("the shape of the mask is not known", mask.value)
+    if stretches(mask.scores, tuple(mask.value.shape)):
+        raise MatchFailureError("the mask stretches the scores", mask.value)
 
 
 def _check_masked(masks: list[Mask]) -> None:

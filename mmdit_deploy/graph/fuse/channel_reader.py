@@ -7,6 +7,7 @@ import math
 import numpy as np
 import onnx_ir as ir
 
+from mmdit_deploy.graph.attributes import given_by_call
 from mmdit_deploy.graph.fuse.channel_rows import is_turned, rows
 from mmdit_deploy.graph.fuse.channels import READ, Channels, Made, Term, dim, grid
 
@@ -61,7 +62,7 @@ class Reader:
             return _constant(tensor, self._grid_axes) or _source(value, self._grid_axes)
         node = value.producer()
         found = None
-        if node is not None and node.domain == "" and self._depth < _DEEPEST:
+        if node is not None and node.domain == "" and given_by_call(node) is None and self._depth < _DEEPEST:
             self._depth += 1
             found = _sizes(self, node) if node.op_type == "Shape" else self._made(node, value)
             self._depth -= 1

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
+from mmdit_deploy.graph.attributes import given_by_call
 from mmdit_deploy.graph.fuse.channels import MOST, Channels
 from mmdit_deploy.graph.fuse.known_values import known
 
@@ -24,7 +25,7 @@ def rows(value: ir.Value | None, read: Callable[[ir.Value], Channels | None]) ->
         read: what gives the channels of a value that has them last.
     """
     node = value.producer() if value is not None else None
-    if node is None or value is None or not node.inputs or node.inputs[0] is None:
+    if node is None or value is None or not node.inputs or node.inputs[0] is None or given_by_call(node) is not None:
         return None
     if is_turned(node):
         data = read(node.inputs[0])
@@ -47,7 +48,8 @@ def rows(value: ir.Value | None, read: Callable[[ir.Value], Channels | None]) ->
 
 def is_turned(node: ir.Node) -> bool:
     """Whether it is a Transpose of a matrix."""
-    return node.op_type == "Transpose" and "perm" in node.attributes and node.attributes["perm"].as_ints() == (1, 0)
+    perm = node.attributes.get("perm") if node.op_type == "Transpose" and given_by_call(node) is None else None
+    return perm is not None and perm.as_ints() == (1, 0)
 
 
 def _expanded(data: Channels, shape: tuple[int, ...]) -> Channels | None:

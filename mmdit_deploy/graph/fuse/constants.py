@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
-
-_SMALL = 64  # elements: ones and epsilons, and not weights
 
 
 def is_constant(value: ir.Value) -> bool:
@@ -13,9 +10,16 @@ def is_constant(value: ir.Value) -> bool:
     return ir.convenience.get_const_tensor(value) is not None
 
 
-def is_number(value: ir.Value, number: float) -> bool:
-    """Whether a value is a small constant whose elements all are one number, up to the precision of their type."""
-    tensor = ir.convenience.get_const_tensor(value)
-    if tensor is None or not 0 < tensor.size <= _SMALL:
+def is_one(value: ir.Value) -> bool:
+    """Whether a value is the number 1 in every run: one element, and exactly. Every type holds it."""
+    tensor = None if value.is_graph_input() else ir.convenience.get_const_tensor(value)
+    return tensor is not None and tensor.size == 1 and bool(tensor.numpy().item() == 1)
+
+
+def adds_no_axis(one: ir.Value, other: ir.Value) -> bool:
+    """Whether a constant of one element leaves the shape of what it is added to as it is."""
+    tensor = ir.convenience.get_const_tensor(one)
+    if tensor is None:
         return False
-    return bool(np.allclose(np.asarray(tensor.numpy(), dtype=np.float64), number, rtol=1e-3, atol=0))
+    rank = len(tensor.shape)
+    return rank == 0 or (other.shape is not None and rank <= len(other.shape))

@@ -37,10 +37,12 @@ def same_dims(one: Dims, other: Dims) -> bool:
     return named and len(one) == len(other) and all(a == b for a, b in zip(one, other, strict=True))
 
 
-def may_be_same(*dims: Dim) -> bool:
-    """Whether axes that meet are of one size as far as is known, and none is stretched from 1 to another's."""
-    numbers = {d for d in dims if isinstance(d, int)}
-    return len(numbers) <= 1 and not (1 in numbers and len(set(map(str, dims))) > 1)
+def stretches(one: Dims, other: Dims) -> bool:
+    """Whether a sum with another value may have more elements than the one: a name may stand for 1, or for more."""
+    if len(other) > len(one):
+        return True
+    pairs = zip(list(one)[len(one) - len(other) :], other, strict=True)
+    return any(added != 1 and not same_dims([old], [added]) for old, added in pairs)
 
 
 def broadcast(one: Dims, other: Dims) -> list[Dim]:

@@ -14,6 +14,8 @@ import onnx
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
+from mmdit_deploy.graph.attributes import given_by_call
+
 _SMALL = 64  # elements: scales, shapes and axes
 _OPSET = 23
 # Of these, whatever their inputs: cheap, and without a graph inside.
@@ -43,7 +45,7 @@ def _read(value: ir.Value, found: dict[ir.Value, np.ndarray[Any, Any] | None]) -
     if tensor is not None:
         return tensor.numpy() if tensor.size <= _SMALL else None
     node = value.producer()
-    if node is None or node.domain not in ("", "ai.onnx"):
+    if node is None or node.domain not in ("", "ai.onnx") or given_by_call(node) is not None:
         return None
     if node.op_type == "Shape":
         return _shape(node)
@@ -69,7 +71,7 @@ def is_zero(value: ir.Value | None) -> bool:
         return False
     if node.op_type == "ConstantOfShape":
         fill = node.attributes.get("value")
-        return fill is None or not np.any(fill.as_tensor().numpy())
+        return fill is None or not (fill.is_ref() or np.any(fill.as_tensor().numpy()))
     if node.op_type in ("Expand", "Identity", "Cast", "Reshape"):
         return is_zero(node.inputs[0])
     # 0 · x is 0 unless x is infinite or not a number: both must be 0
@@ -87,7 +89,9 @@ def _shape(node: ir.Node) -> np.ndarray[Any, Any] | None:
 def _picked_dims(node: ir.Node) -> np.ndarray[Any, Any] | None:
     """Static dims picked from a shape of which others are symbolic."""
     source = node.inputs[0].producer() if node.op_type in _PICKS and node.inputs[0] is not None else None
-    if source is None or source.op_type != "Shape" or source.inputs[0] is None or source.inputs[0].shape is None:
+    if source is None or source.op_type != "Shape" or given_by_call(source) is not None:
+        return None
+    if source.inputs[0] is None or source.inputs[0].shape is None:
         return None
     shape = list(source.inputs[0].shape)
     axes = np.arange(len(shape))[source.attributes.get_int("start", 0) : source.attributes.get_int("end", len(shape))]

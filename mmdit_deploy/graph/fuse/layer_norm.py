@@ -7,6 +7,9 @@
 
 x is in the type in which the mean is subtracted: `norm_weights` takes weight, bias and casts in. Where scale and shift
 are computed (AdaLN) they stay outside.
+
+Exact, but for the order of sums: where all is spelled in fp32.
+Off by roundings to 16 bits: what is spelled in 16 bits, all of it or some. The op computes in fp32.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from onnxscript.rewriter.pattern import MatchResult, RewriteRule, RewriteRuleCla
 from mmdit_deploy.graph.fuse.spelled_norm import (
     SPELLINGS,
     STASH,
+    keeps_numbers,
+    keeps_shape,
     last_axes,
     made_by,
     mean_of,
@@ -68,13 +73,13 @@ def _deviation(value: ir.Value | None) -> _Deviation | None:
     x, subtracted = sub.inputs
     mean = mean_of(subtracted)
     assert x is not None and subtracted is not None and mean is not None
-    return _Deviation(x, last_axes(mean, subtracted, len(x.shape or ())))
+    return _Deviation(x, last_axes(mean, subtracted, x))
 
 
 def _read(x: ir.Value, other: ir.Value, normed: ir.Value) -> _LayerNorm | None:
     if subtracts_mean(x) is None or (under := under_root(normed, other)) is None:
         return None
-    deviation, variance = _deviation(x), mean_square(under, len(x.shape or ()))
+    deviation, variance = _deviation(x), mean_square(under, x)
     if variance is None:
         raise MatchFailureError("the variance is not a mean of squares, as an unbiased one is not", under)
     again = _deviation(variance.x)
@@ -82,6 +87,8 @@ def _read(x: ir.Value, other: ir.Value, normed: ir.Value) -> _LayerNorm | None:
         raise MatchFailureError("the variance is of another value", variance.x)
     if not again.axis == deviation.axis == variance.axis:
         raise MatchFailureError("mean and variance are over different axes", under)
+    keeps_shape(normed, deviation.x)
+    keeps_numbers(deviation.x, x, other, variance.epsilon)
     normalized_shape(deviation.x, deviation.axis)
     return _LayerNorm(deviation.x, deviation.axis, variance.epsilon)
 

@@ -17,7 +17,7 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript.rewriter.pattern import MatchResult, RewriteRuleClassBase
 
-from mmdit_deploy.graph.fuse.constants import is_constant, is_number
+from mmdit_deploy.graph.fuse.constants import adds_no_axis, is_constant, is_one
 from mmdit_deploy.graph.fuse.token_shapes import is_BNC, is_modulation, is_per_sample
 from mmdit_deploy.graph.named_functions import DOMAIN
 from mmdit_deploy.graph.passes import Pass, like, rule_pass
@@ -119,7 +119,7 @@ def _read(factor: ir.Value | None) -> _Scale | None:
 
 def _added_to_one(add: ir.Node) -> Iterator[ir.Value]:
     for one, scale in (add.inputs, reversed(add.inputs)):
-        if one is not None and scale is not None and is_number(one, 1):
+        if one is not None and scale is not None and is_one(one) and adds_no_axis(one, scale):
             yield scale
 
 

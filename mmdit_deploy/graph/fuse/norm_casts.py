@@ -4,9 +4,14 @@
     RMSNormalization(x16, w32)          ⇒   RMSNormalization(Cast32(x16), w32)
     RMSNormalization(x32, w16)          ⇒   Cast16(RMSNormalization(x32, Cast32(w16)))
 
-The ops compute in fp32 inside and round to x's type before the weight: the first is the same where the weight is ones,
-and else differs by one rounding to 16 bits. Weight and x of two types are in the op's definition, and as torch writes
-it, but its own function body multiplies the two, which no runtime does.
+The ops compute in fp32 inside and round to x's type before the weight.
+
+Exact: the first, where the weight is ones and there is no bias.
+Off by roundings to 16 bits: the first otherwise, which rounds before the weight, and before the bias, too; the second
+and third, which round after the weight, if at all, and no more before it.
+
+Weight and x of two types are in the op's definition, and as torch writes it, but its own function body multiplies the
+two, which no runtime does.
 """
 
 from __future__ import annotations

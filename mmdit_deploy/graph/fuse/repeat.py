@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript.rewriter.pattern import MatchResult, RewriteRuleClassBase
 
+from mmdit_deploy.graph.attributes import Ints, given_by_call
 from mmdit_deploy.graph.fuse.known_values import known
 from mmdit_deploy.graph.passes import Pass, like, rule_pass
 
@@ -24,14 +25,15 @@ class _Repeat(RewriteRuleClassBase):
         super().__init__(remove_nodes=False)
 
     def pattern(self, op: Any, x: Any, axis: Any, shape: Any, index: Any, limit: Any) -> Any:
-        x_CN = op.Transpose(x, perm=[1, 0])
+        x_CN = op.Transpose(x, perm=Ints(1, 0))
         x_CrN = op.Expand(op.Unsqueeze(x_CN, axis), shape, _outputs=["x_CrN"])
-        places = op.Transpose(op.NonZero(op.Less(index, limit)), perm=[1, 0])
-        return op.Transpose(op.GatherND(x_CrN, places, _outputs=["x_RN"]), perm=[1, 0])
+        places = op.Transpose(op.NonZero(op.Less(index, limit)), perm=Ints(1, 0))
+        return op.Transpose(op.GatherND(x_CrN, places, _outputs=["x_RN"]), perm=Ints(1, 0))
 
     def check(self, op: Any, x: Any, axis: Any, index: Any, limit: Any, x_CrN: Any, x_RN: Any, **_: Any) -> MatchResult:
         result = MatchResult()
-        if x_RN.producer().attributes.get_int("batch_dims", 0):
+        lookup = x_RN.producer()
+        if given_by_call(lookup) is not None or lookup.attributes.get_int("batch_dims", 0):
             return result.fail("it is looked up for each channel by itself", x_RN)
         at, indices, limits = known(axis), known(index), known(limit)
         if at is None or at.tolist() != [1]:

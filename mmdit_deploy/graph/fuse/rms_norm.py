@@ -4,6 +4,9 @@
     SimplifiedLayerNormalization(x)   ⇒   RMSNormalization(x)         ONNX Runtime's name of it
 
 x is what is divided, in the type in which it is divided: `norm_weights` takes weights and casts in.
+
+Exact, but for the order of sums: where all is spelled in fp32, and the second.
+Off by roundings to 16 bits: what is spelled in 16 bits, all of it or the factor alone. The op computes in fp32.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from mmdit_deploy.graph.fuse.spelled_norm import (
     SPELLINGS,
     STASH,
     MeanSquare,
+    keeps_numbers,
+    keeps_shape,
     mean_square,
     normalized_shape,
     ones,
@@ -30,7 +35,7 @@ from mmdit_deploy.graph.passes import Pass, rule_pass
 
 def _read(x: ir.Value, other: ir.Value, normed: ir.Value) -> MeanSquare | None:
     under = None if subtracts_mean(x) is not None else under_root(normed, other)  # else it is a LayerNorm
-    read = None if under is None else mean_square(under, len(x.shape or ()))
+    read = None if under is None else mean_square(under, x)
     if read is not None and not same(read.x, x):
         raise MatchFailureError("what is squared is not what is divided", read.x)
     return read
@@ -40,6 +45,8 @@ def _check(context: Any, x: Any, other: Any, normed: Any, **_: Any) -> MatchResu
     read = _read(x, other, normed)
     if read is None:
         return MatchResult().fail()  # some other product or quotient
+    keeps_shape(normed, x)
+    keeps_numbers(x, x, other, read.epsilon)
     normalized_shape(x, read.axis)
     return MatchResult()
 

@@ -18,6 +18,7 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript.rewriter.pattern import MatchResult, RewriteRuleClassBase
 
+from mmdit_deploy.graph.attributes import given_by_call
 from mmdit_deploy.graph.fuse.channel_reader import Reader
 from mmdit_deploy.graph.fuse.rotation import NotExact, Part, Rotation, moved_from, rotation
 from mmdit_deploy.graph.passes import Pass, like, rule_pass
@@ -133,6 +134,8 @@ def _whole(turned: ir.Value, rest: ir.Value) -> tuple[ir.Value, ir.Node] | None:
     if node is not None and node.op_type == "Reshape" and node.inputs[0] is not None:
         node = node.inputs[0].producer()
     if node is None or node.op_type != "RotaryEmbedding" or "rotary_embedding_dim" in node.attributes:
+        return None
+    if given_by_call(node) is not None:
         return None
     part = node.inputs[0]
     if "num_heads" in node.attributes:  # between reshapes

@@ -300,7 +300,7 @@ def _layout(factor: tuple[Dim, ...], x: tuple[Dim, ...]) -> tuple[bool, tuple[Di
     if one == other:
         raise _Miss("its angles are the same for every token")
     for size, of_x in zip(factor, x, strict=True):
-        if size != 1 and size != of_x and isinstance(of_x, int) and (of_x == 1 or isinstance(size, int)):
+        if size not in (1, of_x):  # of two names one may be 1, and broadcast: x too, which the op does not
             raise _Miss("its angles are for other tokens, or other samples")
     return other == 1, tuple(size for size in factor if size != 1)
 

@@ -24,13 +24,19 @@ from onnxscript.rewriter.pattern import MatchResult, RewriteRuleClassBase
 
 from mmdit_deploy.graph.fuse.attention_op import SpelledOut, apart_mask, write_attention
 from mmdit_deploy.graph.fuse.attention_operands import Operand, as_it_was, attended_operand
-from mmdit_deploy.graph.fuse.attention_scores import Mask, Scores, check_regrouped, read_scores, readers_outside
+from mmdit_deploy.graph.fuse.attention_scores import (
+    Mask,
+    Scores,
+    check_adds_no_axis,
+    check_regrouped,
+    read_scores,
+    readers_outside,
+)
 from mmdit_deploy.graph.fuse.einsum import Perm
 from mmdit_deploy.graph.fuse.heads import (
     HEADS_AND_TOKENS,
     before_merging,
     before_sharing,
-    may_be_same,
     perm_of,
     same_dims,
 )
@@ -120,6 +126,7 @@ def _check_guard(where: ir.Node) -> ir.Node:
     guard = None if condition is None else condition.producer()
     if guard is None or guard.op_type != "IsNaN" or guard.inputs[0] is not probabilities or number(fill) != 0:
         raise MatchFailureError("probabilities are replaced after the softmax", where)
+    check_adds_no_axis(where, _input(where, 2))
     return guard
 
 
@@ -166,7 +173,7 @@ def _fits(mask: Mask, q: Operand) -> bool:
 
 
 def _checked(q: Operand, k: Operand, v: Operand, scores: Scores, **form: Any) -> SpelledOut:
-    if not may_be_same(q.dims[0], k.dims[0], v.dims[0]):
+    if not all(same_dims(q.dims[:1], operand.dims[:1]) for operand in (k, v)):
         raise MatchFailureError("Q, K and V have unlike batches", q.value, k.value, v.value)
     if len(q.dims) == 4:
         # One head of K and V for all of Q's is what a product makes of it too.
@@ -174,19 +181,11 @@ def _checked(q: Operand, k: Operand, v: Operand, scores: Scores, **form: Any) ->
             raise MatchFailureError("Q, K and V have unlike heads", q.value, k.value, v.value)
     elif not all(isinstance(operand.dims[-1], int) for operand in (q, k, v)):
         raise MatchFailureError("the width of the one head is not known", q.value)
-    for mask in scores.masks:
-        _check_stretches_nothing(mask)
+    scale = scores.factor * q.scale * k.scale
+    if not scale > 0:
+        raise MatchFailureError(f"the scale is {scale:g}, and ONNX Runtime's op takes none below 0", scores.product)
     k, v = _unshared(k, v)
-    return SpelledOut(q, k, v, scores.factor * q.scale * k.scale, scores.masks, **form)
-
-
-def _check_stretches_nothing(mask: Mask) -> None:
-    if mask.value.shape is None:
-        raise MatchFailureError("the shape of the mask is not known", mask.value)
-    shape = tuple(mask.value.shape)
-    pairs = zip(reversed(shape), reversed(mask.scores), strict=False)
-    if len(shape) > len(mask.scores) or any(of_scores == 1 != of_mask for of_mask, of_scores in pairs):
-        raise MatchFailureError("the mask stretches the scores", mask.value)
+    return SpelledOut(q, k, v, scale, scores.masks, **form)
 
 
 def _unshared(k: Operand, v: Operand) -> tuple[Operand, Operand]:

@@ -14,7 +14,7 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript.rewriter.pattern import MatchResult, RewriteRuleClassBase
 
-from mmdit_deploy.graph.fuse.constants import is_constant, is_number
+from mmdit_deploy.graph.fuse.constants import adds_no_axis, is_constant, is_one
 from mmdit_deploy.graph.named_functions import DOMAIN
 from mmdit_deploy.graph.passes import Pass, rule_pass
 
@@ -45,9 +45,11 @@ class _Quotient(RewriteRuleClassBase):
     def pattern(self, op: Any, x: Any, one: Any) -> Any:
         return op.Div(x, op.Add(op.Exp(op.Neg(x)), one))
 
-    def check(self, op: Any, one: Any, **_: Any) -> MatchResult:
+    def check(self, op: Any, x: Any, one: Any, **_: Any) -> MatchResult:
         result = MatchResult()
-        return result if is_number(one, 1) else result.fail("not 1 is added to the exponential", one)
+        if not is_one(one):
+            return result.fail("not 1 is added to the exponential", one)
+        return result if adds_no_axis(one, x) else result.fail("the 1 that is added has more axes than x", one)
 
     def rewrite(self, op: Any, x: Any, **_: Any) -> Any:
         return op.MMDiTSiLU(x, _domain=DOMAIN)

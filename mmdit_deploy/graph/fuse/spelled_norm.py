@@ -16,6 +16,7 @@ import onnx_ir as ir
 from onnxscript.rewriter._basics import MatchFailureError
 
 from mmdit_deploy.graph.fuse.known_values import known, number
+from mmdit_deploy.graph.fuse.token_shapes import may_be_equal
 from mmdit_deploy.graph.passes import like
 
 _MEANS = ("ReduceMean", "ReduceSum", "ReduceSumSquare")
@@ -24,6 +25,12 @@ _MEANS = ("ReduceMean", "ReduceSum", "ReduceSumSquare")
 # own, thus becomes more exact, as PyTorch's is. A norm in fp64 would not.
 STASH = int(ir.DataType.FLOAT)
 HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_WIDER = {
+    **dict.fromkeys(HALF, (ir.DataType.FLOAT, ir.DataType.DOUBLE)),
+    ir.DataType.FLOAT: (ir.DataType.DOUBLE,),
+}
+_LEAST_EPSILON = 1e-9  # 1/√ε is finite in fp16
+_INSIDE = tuple("Add Cast Div Expand Identity Mul Pow Reciprocal Reshape Sqrt Sub Unsqueeze".split())
 
 
 @dataclass(frozen=True)
@@ -75,12 +82,12 @@ def under_root(normed: ir.Value, other: ir.Value) -> ir.Value | None:
     return base if number(last) == -0.5 else None
 
 
-def mean_square(under: ir.Value, rank: int) -> MeanSquare | None:
+def mean_square(under: ir.Value, x: ir.Value) -> MeanSquare | None:
     """Read mean(x²) + ε.
 
     Args:
         under: the sum.
-        rank: of x.
+        x: what it is of, or should be.
     """
     add = made_by(under, "Add")
     if add is None:
@@ -96,7 +103,7 @@ def mean_square(under: ir.Value, rank: int) -> MeanSquare | None:
         eps = number(epsilon)
         if eps is None:
             raise MatchFailureError("epsilon is not one constant", add)
-        return MeanSquare(squared, last_axes(mean, value, rank), eps)
+        return MeanSquare(squared, last_axes(mean, value, x), eps)
     return None
 
 
@@ -110,16 +117,21 @@ def mean_of(value: ir.Value | None) -> ir.Node | None:
     return made_by(value, *_MEANS)
 
 
-def last_axes(mean: ir.Node, value: ir.Value, rank: int) -> int:
+def last_axes(mean: ir.Node, value: ir.Value, x: ir.Value) -> int:
     """The first axis, counted from the end, of a mean over the last ones.
 
     Args:
         mean: what `mean_of` found.
         value: the mean with its axes, as it meets x.
-        rank: of x.
+        x: what it is of.
     """
-    if not rank:
+    within = mean.inputs[0].shape if mean.inputs[0] is not None else None
+    sizes = list(x.shape or ())
+    rank = len(sizes)
+    if not rank or within is None:
         raise MatchFailureError("the number of axes is not known", mean)
+    if len(within) != rank:
+        raise MatchFailureError("a constant adds axes before the mean", mean)
     if len(mean.inputs) < 2 or mean.inputs[1] is None:
         raise MatchFailureError("the mean is over all axes", mean)
     over = known(mean.inputs[1])
@@ -130,16 +142,59 @@ def last_axes(mean: ir.Node, value: ir.Value, rank: int) -> int:
         raise MatchFailureError("the mean is not over the last axes", mean)
     keepdims = mean.attributes.get("keepdims")
     kept = keepdims is None or (not keepdims.is_ref() and bool(keepdims.as_int()))
-    reshaped = value.shape is not None and len(value.shape) == rank and set(value.shape[axes[0] :]) == {1}
+    ones_last = [*sizes[: axes[0]], *[1] * len(axes)]
+    named = all(isinstance(size, int) or size.value is not None for size in sizes)
+    reshaped = named and value.shape is not None and list(value.shape) == ones_last
     if not (reshaped or (kept and made_by(uncast(value), *_MEANS) is mean)):
         raise MatchFailureError("the mean drops its axes", mean)
     return axes[0]
 
 
+def keeps_numbers(source: ir.Value, x: ir.Value, other: ir.Value, epsilon: float) -> None:
+    """Raise where something loses numbers on the way: what fp16 has not is infinite there, and no norm has it so.
+
+    Args:
+        source: what is normalized.
+        x: what is divided.
+        other: what x is divided by or multiplied by. It may be rounded to x's own type in the end, as some exporters
+            have it: no root of squares of 16-bit numbers is too large for their type, and no reciprocal but for ε's.
+        epsilon: ε.
+    """
+    last = made_by(other, "Cast")
+    if last is not None and x.dtype in HALF and other.dtype == x.dtype and epsilon >= _LEAST_EPSILON:
+        todo = [x, last.inputs[0]]
+    else:
+        todo = [x, other]
+    seen = {source, _widened(source)}
+    while todo:
+        value = todo.pop()
+        node = made_by(value, *_INSIDE, *_MEANS) if value not in seen else None
+        seen.add(value)
+        if node is None:
+            continue
+        if node.op_type == "Cast" and not is_widening(node) and known(node.inputs[0]) is None:
+            raise MatchFailureError(f"it is rounded to {_type_name(node.outputs[0])} inside", node)
+        todo += node.inputs
+
+
+def _type_name(value: ir.Value) -> str:
+    return value.dtype.name if value.dtype else "an unknown type"
+
+
+def keeps_shape(normed: ir.Value, x: ir.Value) -> None:
+    """Raise where the result has another shape than x: a constant of one element may have more axes."""
+    if normed.shape is None or x.shape is None:
+        raise MatchFailureError("the number of axes is not known", normed)
+    if len(normed.shape) != len(x.shape):
+        raise MatchFailureError("a constant adds axes", normed)
+    if not all(map(may_be_equal, normed.shape, x.shape)):
+        raise MatchFailureError("the result is larger than what is normalized", normed)
+
+
 def normalized_shape(x: ir.Value, axis: int) -> list[int]:
     """The sizes of the axes that x is normalized over; its type must be one that the ops compute in."""
     if x.dtype not in (ir.DataType.FLOAT, *HALF):
-        raise MatchFailureError(f"computed in {x.dtype.name if x.dtype else 'an unknown type'}", x)
+        raise MatchFailureError(f"computed in {_type_name(x)}", x)
     sizes = [] if x.shape is None else list(x.shape[axis:])
     static = [size for size in sizes if isinstance(size, int)]
     if not sizes or len(static) < len(sizes):
@@ -185,11 +240,11 @@ def _widened(value: ir.Value | None) -> ir.Value | None:
 
 
 def is_widening(cast: ir.Node) -> bool:
-    """Whether a cast keeps every number: to the same type, or from a 16-bit one to fp32."""
+    """Whether a cast keeps every number: to the same type, or to a wider one."""
     (before,), (after,) = cast.inputs, cast.outputs
     if before is None or before.dtype is None:
         return False
-    return before.dtype == after.dtype or (before.dtype in HALF and after.dtype == ir.DataType.FLOAT)
+    return before.dtype == after.dtype or after.dtype in _WIDER.get(before.dtype, ())
 
 
 def _of_root(value: ir.Value | None) -> ir.Value | None:

@@ -14,6 +14,7 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript.rewriter.pattern import MatchResult, RewriteRuleClassBase
 
+from mmdit_deploy.graph.attributes import given_by_call
 from mmdit_deploy.graph.lower.rotary_embedding import table
 from mmdit_deploy.graph.passes import Pass, like, rule_pass
 
@@ -29,6 +30,10 @@ class _SpelledOut(RewriteRuleClassBase):
         result = MatchResult()
         if x.shape is None or len(x.shape) not in (3, 4) or not isinstance(x.shape[-1], int):
             return result.fail("its axes are not known", x)
+        node = turned.producer()
+        unknown = None if node is None else given_by_call(node)
+        if unknown is not None:
+            return result.fail(f"its {unknown.name} is given by each call of the function around it", node)
         return result
 
     def rewrite(
