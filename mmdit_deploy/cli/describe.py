@@ -18,9 +18,9 @@ from mmdit_deploy.cli.describe_checkpoint import describe_checkpoint, describe_s
 from mmdit_deploy.cli.describe_engine import describe_engine
 from mmdit_deploy.errors import UsageError
 from mmdit_deploy.graph.calls import executed_ops
-from mmdit_deploy.graph.external_data import external_files, is_beside_model
+from mmdit_deploy.graph.checks.external_data import external_files, is_beside_model
+from mmdit_deploy.graph.checks.well_formed import check_well_formed
 from mmdit_deploy.graph.onnx_file import inline_bytes, read_onnx
-from mmdit_deploy.graph.well_formed import check_well_formed
 
 _CHECKPOINT_MARKS = ("config.json", "model_index.json", "transformer")
 

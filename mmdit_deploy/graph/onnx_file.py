@@ -11,8 +11,8 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
 from mmdit_deploy.errors import UsageError
-from mmdit_deploy.graph.calls import callees_first, executed_ops, functions_of
-from mmdit_deploy.graph.external_data import is_external
+from mmdit_deploy.graph.calls import callees_first, functions_of
+from mmdit_deploy.graph.checks.external_data import is_external
 from mmdit_deploy.graph.function_types import type_function_inputs
 from mmdit_deploy.graph.walk import model_tensors, named
 
@@ -112,4 +112,4 @@ def to_ir(model: onnx.ModelProto, folder: Path) -> ir.Model:
     return result
 
 
-__all__ = ["MAX_BYTES", "executed_ops", "inline_bytes", "read_onnx", "to_ir"]
+__all__ = ["MAX_BYTES", "inline_bytes", "read_onnx", "to_ir"]

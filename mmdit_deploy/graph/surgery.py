@@ -19,17 +19,17 @@ import onnx_ir as ir
 from mmdit_deploy.atomic import write_synced
 from mmdit_deploy.errors import GraphError, UsageError
 from mmdit_deploy.graph.calls import executed_ops
+from mmdit_deploy.graph.checks.external_data import external_files
+from mmdit_deploy.graph.checks.onnx_checker import check_with_onnx
+from mmdit_deploy.graph.checks.well_formed import check_well_formed
 from mmdit_deploy.graph.dialects import STANDARD
-from mmdit_deploy.graph.external_data import external_files
 from mmdit_deploy.graph.fuse import CLEAN, FUSE, PREPARE
 from mmdit_deploy.graph.fuse.interface import kept_interface
 from mmdit_deploy.graph.lower import lower
 from mmdit_deploy.graph.named_functions import DOMAIN, NAMED_FUNCTIONS
-from mmdit_deploy.graph.onnx_checker import check_with_onnx
 from mmdit_deploy.graph.onnx_file import read_onnx, to_ir
 from mmdit_deploy.graph.optimize import SUBJECTS
 from mmdit_deploy.graph.passes import PassResult, run
-from mmdit_deploy.graph.well_formed import check_well_formed
 
 
 def work(request: dict[str, Any]) -> dict[str, Any]:

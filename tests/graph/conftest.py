@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import onnx
@@ -16,12 +18,13 @@ import onnxruntime
 import pytest
 from onnx.reference import ReferenceEvaluator
 
+from mmdit_deploy.graph.calls import executed_ops
 from mmdit_deploy.graph.fuse import PREPARE
 from mmdit_deploy.graph.named_functions import define
-from mmdit_deploy.graph.onnx_file import executed_ops
 from mmdit_deploy.graph.passes import Pass, PassResult, run
 
-FIXTURES = Path(__file__).parent / "fixtures"
+HERE = Path(__file__).parent
+FIXTURES = HERE / "fixtures"
 
 
 @dataclass(frozen=True)
@@ -179,3 +182,31 @@ def fused() -> Callable[..., ir.Model]:
         return model
 
     return fuse
+
+
+@pytest.fixture(scope="session")
+def weights() -> ModuleType:
+    """`spellings/without_weights.py`, which is run beside the generators and is no package."""
+    spec = importlib.util.spec_from_file_location("without_weights", HERE / "spellings" / "without_weights.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def first_output() -> Callable[[onnx.ModelProto], np.ndarray]:
+    """The first output of a whole model of `fixtures/models`, as written, for inputs made from a seed."""
+    sizes = json.loads((FIXTURES / "models" / "index.json").read_text())["sizes"]
+
+    def run_whole(model: onnx.ModelProto) -> np.ndarray:
+        session = _session(model)
+        generator = np.random.default_rng(0)
+        feed = {}
+        for i in session.get_inputs():
+            values = generator.standard_normal([sizes.get(d, d) for d in i.shape])
+            kinds = {"tensor(bool)": values > -0.5, "tensor(int64)": (4 * np.abs(values)).astype(np.int64)}
+            feed[i.name] = kinds.get(i.type, values.astype(np.float32))
+        return np.asarray(session.run(None, feed)[0])
+
+    return run_whole

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -289,33 +288,10 @@ def test_the_table_has_every_change() -> None:
     assert not spelled_out & old.keys() and IN_FLOAT <= old.keys()
 
 
-@pytest.fixture(scope="module")
-def weights() -> ModuleType:
-    """`spellings/without_weights.py`, which is run beside the generators and is no package."""
-    spec = importlib.util.spec_from_file_location("without_weights", HERE / "spellings" / "without_weights.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def execute(proto: onnx.ModelProto) -> np.ndarray:
-    """A model's first output, for inputs made from a seed."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    generator = np.random.default_rng(0)
-    feed = {}
-    for i in session.get_inputs():
-        values = generator.standard_normal([MODELS["sizes"].get(d, d) for d in i.shape])
-        kinds = {"tensor(bool)": values > -0.5, "tensor(int64)": (4 * np.abs(values)).astype(np.int64)}
-        feed[i.name] = kinds.get(i.type, values.astype(np.float32))
-    return np.asarray(session.run(None, feed)[0])
-
-
 @pytest.mark.parametrize("file", MODELS["files"])
-def test_others_whole_models(file: str, weights: ModuleType) -> None:
+def test_others_whole_models(
+    file: str, weights: ModuleType, first_output: Callable[[onnx.ModelProto], np.ndarray]
+) -> None:
     """Their weights are in a file that is not there, so none is read on the way."""
     before = weights.read(FIXTURES / "models" / file)
     fused = ir.from_proto(before)
@@ -323,7 +299,7 @@ def test_others_whole_models(file: str, weights: ModuleType) -> None:
     after = ir.to_proto(lower(fused, "decomposed")[0])
     filled = weights.fill(after)
     check_opset_17(filled)
-    mine, theirs = execute(filled), execute(weights.fill(before))
+    mine, theirs = first_output(filled), first_output(weights.fill(before))
     assert np.linalg.norm(mine - theirs) <= 1e-5 * np.linalg.norm(theirs)
 
 

@@ -5,19 +5,18 @@ The fixtures hold no weights (`spellings/without_weights.py`), and the index hol
 
 from __future__ import annotations
 
-import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
 
+from mmdit_deploy.graph.calls import executed_ops
 from mmdit_deploy.graph.fuse import FUSE, PREPARE
-from mmdit_deploy.graph.onnx_file import executed_ops
 from mmdit_deploy.graph.passes import run
 
 HERE = Path(__file__).parent
@@ -26,34 +25,10 @@ MAX_REL_L2 = 1e-5  # the tolerance of fp32
 INDEX = json.loads((FIXTURES / "index.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def weights() -> ModuleType:
-    """`spellings/without_weights.py`, which is run beside the generators and is no package."""
-    spec = importlib.util.spec_from_file_location("without_weights", HERE / "spellings" / "without_weights.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def execute(model: onnx.ModelProto) -> np.ndarray:
-    """The first output in ONNX Runtime on CPU, as written, for inputs made from a seed."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = 1
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    generator = np.random.default_rng(0)
-    inputs = {}
-    for i in session.get_inputs():
-        values = generator.standard_normal([INDEX["sizes"].get(d, d) for d in i.shape])
-        kinds = {"tensor(bool)": values > -0.5, "tensor(int64)": (4 * np.abs(values)).astype(np.int64)}
-        inputs[i.name] = kinds.get(i.type, values.astype(np.float32))
-    return np.asarray(session.run(None, inputs)[0])
-
-
 @pytest.mark.parametrize("file", INDEX["files"])
-def test_what_pytorch_calls_is_fused(file: str, weights: ModuleType) -> None:
+def test_what_pytorch_calls_is_fused(
+    file: str, weights: ModuleType, first_output: Callable[[onnx.ModelProto], np.ndarray]
+) -> None:
     calls = INDEX["files"][file]["calls"]
     before = weights.read(FIXTURES / file)
     model = ir.from_proto(before)
@@ -70,6 +45,6 @@ def test_what_pytorch_calls_is_fused(file: str, weights: ModuleType) -> None:
     assert not any(r.count for r in again), again
     assert ir.to_proto(model).SerializeToString(deterministic=True) == after.SerializeToString(deterministic=True)
 
-    expected, received = (execute(weights.fill(m)) for m in (before, after))
+    expected, received = (first_output(weights.fill(m)) for m in (before, after))
     assert np.isfinite(expected).all() and expected.std() > 0.1
     assert np.linalg.norm(received - expected) <= MAX_REL_L2 * np.linalg.norm(expected)

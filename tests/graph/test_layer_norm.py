@@ -14,11 +14,11 @@ import onnx_ir as ir
 import pytest
 
 from mmdit_deploy.graph.fuse import PREPARE
-from mmdit_deploy.graph.fuse.layer_norm import layer_norm
-from mmdit_deploy.graph.fuse.norm_casts import norm_casts
-from mmdit_deploy.graph.fuse.norm_weights import norm_weights
-from mmdit_deploy.graph.fuse.rms_norm import rms_norm
-from mmdit_deploy.graph.fuse.zero_bias import zero_bias
+from mmdit_deploy.graph.fuse.norms.layer_norm import layer_norm
+from mmdit_deploy.graph.fuse.norms.norm_casts import norm_casts
+from mmdit_deploy.graph.fuse.norms.norm_weights import norm_weights
+from mmdit_deploy.graph.fuse.norms.rms_norm import rms_norm
+from mmdit_deploy.graph.fuse.norms.zero_bias import zero_bias
 from mmdit_deploy.graph.passes import run
 
 SUBJECT = "layer_norm"

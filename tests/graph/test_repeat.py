@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from mmdit_deploy.graph.fuse.repeat import repeat
+from mmdit_deploy.graph.fuse.rotary.repeat import repeat
 
 
 def repeated(limits: str = "{3, 3, 3, 3}", axis: str = "{1}", shape: str = "{4, 3, 5}", batch_dims: int = 0) -> str:

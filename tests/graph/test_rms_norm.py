@@ -14,10 +14,10 @@ import pytest
 from onnx import numpy_helper
 
 from mmdit_deploy.graph.fuse import FUSE, PREPARE
-from mmdit_deploy.graph.fuse.layer_norm import layer_norm
-from mmdit_deploy.graph.fuse.norm_casts import norm_casts
-from mmdit_deploy.graph.fuse.norm_weights import norm_weights
-from mmdit_deploy.graph.fuse.rms_norm import rms_norm
+from mmdit_deploy.graph.fuse.norms.layer_norm import layer_norm
+from mmdit_deploy.graph.fuse.norms.norm_casts import norm_casts
+from mmdit_deploy.graph.fuse.norms.norm_weights import norm_weights
+from mmdit_deploy.graph.fuse.norms.rms_norm import rms_norm
 from mmdit_deploy.graph.passes import run
 
 SUBJECT = "rms_norm"

@@ -20,7 +20,7 @@ from mmdit_deploy.families import preset
 from mmdit_deploy.graph.assemble import trace_kinds
 from mmdit_deploy.graph.census import check_census
 from mmdit_deploy.graph.fuse import FUSE, PREPARE
-from mmdit_deploy.graph.fuse.rope import rope
+from mmdit_deploy.graph.fuse.rotary.rope import rope
 from mmdit_deploy.graph.lower.rope_spelled_out import rope_spelled_out
 from mmdit_deploy.graph.lower.rotary_embedding import rotary_embedding
 from mmdit_deploy.graph.passes import Pass, run

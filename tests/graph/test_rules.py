@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from mmdit_deploy.graph.fuse.attention_layout import attention_layout
+from mmdit_deploy.graph.fuse.attention.attention_layout import attention_layout
 from mmdit_deploy.graph.lower.adaln import adaln
 from mmdit_deploy.graph.lower.linear import linear
 from mmdit_deploy.graph.lower.mask_of_keys import mask_of_keys

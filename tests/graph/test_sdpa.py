@@ -16,10 +16,10 @@ import onnx_ir as ir
 import pytest
 
 from mmdit_deploy.graph.fuse import PREPARE
-from mmdit_deploy.graph.fuse.attention_layout import attention_heads, attention_layout
-from mmdit_deploy.graph.fuse.attention_mask import attention_mask
+from mmdit_deploy.graph.fuse.attention.attention_layout import attention_heads, attention_layout
+from mmdit_deploy.graph.fuse.attention.attention_mask import attention_mask
+from mmdit_deploy.graph.fuse.attention.sdpa import sdpa
 from mmdit_deploy.graph.fuse.known_values import known
-from mmdit_deploy.graph.fuse.sdpa import sdpa
 from mmdit_deploy.graph.lower.mask_of_keys import mask_of_keys
 from mmdit_deploy.graph.lower.multi_head_attention import multi_head_attention
 from mmdit_deploy.graph.passes import run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,7 +11,6 @@ import numpy as np
 import onnx
 import onnx.parser
 import onnx_ir as ir
-import onnxruntime
 import pytest
 import torch
 from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
@@ -300,33 +298,10 @@ def test_attributes_that_are_not_the_plugin_s_are_refused() -> None:
         PLUGINS["MMDiTRMSNormPlugin"].attributes(axis=-1, epsilon=1, stash_type=1)
 
 
-@pytest.fixture(scope="module")
-def weights() -> ModuleType:
-    """`spellings/without_weights.py`, which is run beside the generators and is no package."""
-    spec = importlib.util.spec_from_file_location("without_weights", HERE / "spellings" / "without_weights.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def execute(proto: onnx.ModelProto) -> np.ndarray:
-    """A model's first output, for inputs made from a seed."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    generator = np.random.default_rng(0)
-    feed = {}
-    for i in session.get_inputs():
-        values = generator.standard_normal([MODELS["sizes"].get(d, d) for d in i.shape])
-        kinds = {"tensor(bool)": values > -0.5, "tensor(int64)": (4 * np.abs(values)).astype(np.int64)}
-        feed[i.name] = kinds.get(i.type, values.astype(np.float32))
-    return np.asarray(session.run(None, feed)[0])
-
-
 @pytest.mark.parametrize("file", MODELS["files"])
-def test_others_whole_models(file: str, weights: ModuleType) -> None:
+def test_others_whole_models(
+    file: str, weights: ModuleType, first_output: Callable[[onnx.ModelProto], np.ndarray]
+) -> None:
     """As many plugins as PyTorch calls. The weights are in a file that is not there, so none is read on the way."""
     calls = MODELS["files"][file]["calls"]
     before = weights.read(FIXTURES / "models" / file)
@@ -336,7 +311,7 @@ def test_others_whole_models(file: str, weights: ModuleType) -> None:
     counts = check_for_tensorrt(first)
     for op, plugin in (("Attention", "Attention"), ("RMSNormalization", "RMSNorm"), ("RotaryEmbedding", "RoPE")):
         assert counts[f"MMDiT{plugin}Plugin"] == calls[op]
-    mine, theirs = execute(weights.fill(second)), execute(weights.fill(before))
+    mine, theirs = first_output(weights.fill(second)), first_output(weights.fill(before))
     assert np.linalg.norm(mine - theirs) <= 1e-5 * np.linalg.norm(theirs)
 
 

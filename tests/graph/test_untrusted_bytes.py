@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmdit_deploy.errors import UsageError
-from mmdit_deploy.graph.onnx_checker import check_with_onnx
+from mmdit_deploy.graph.checks.onnx_checker import check_with_onnx
+from mmdit_deploy.graph.checks.well_formed import check_well_formed
 from mmdit_deploy.graph.onnx_file import read_onnx, to_ir
-from mmdit_deploy.graph.well_formed import check_well_formed
 
 # GELU, a call of a function, and a branch: about what files are made of.
 TEXTS = {

@@ -18,8 +18,8 @@ from onnxscript.rewriter._basics import MatchFailureError
 from onnxscript.rewriter.pattern import MatchResult, RewriteRuleClassBase
 
 from mmdit_deploy.graph.fuse.known_values import number
+from mmdit_deploy.graph.fuse.norms.spelled_norm import made_by
 from mmdit_deploy.graph.fuse.polynomial import Coefficients, polynomial
-from mmdit_deploy.graph.fuse.spelled_norm import made_by
 from mmdit_deploy.graph.passes import Pass, rule_pass
 
 _SLOPE = math.sqrt(2 / math.pi)

@@ -14,8 +14,8 @@ import numpy as np
 import onnx_ir as ir
 
 from mmdit_deploy.graph.attributes import given_by_call
-from mmdit_deploy.graph.fuse.channels import MOST, Channels
 from mmdit_deploy.graph.fuse.known_values import known
+from mmdit_deploy.graph.fuse.rotary.channels import MOST, Channels
 
 
 def rows(value: ir.Value | None, read: Callable[[ir.Value], Channels | None]) -> Channels | None:

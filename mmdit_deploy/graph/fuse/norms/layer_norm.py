@@ -22,7 +22,7 @@ import onnx_ir as ir
 from onnxscript.rewriter._basics import MatchFailureError
 from onnxscript.rewriter.pattern import MatchResult, RewriteRule, RewriteRuleClassBase
 
-from mmdit_deploy.graph.fuse.spelled_norm import (
+from mmdit_deploy.graph.fuse.norms.spelled_norm import (
     SPELLINGS,
     STASH,
     keeps_numbers,

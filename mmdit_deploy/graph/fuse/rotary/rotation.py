@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from mmdit_deploy.graph.fuse.channel_reader import Reader
-from mmdit_deploy.graph.fuse.channels import Channels, Dim, Made, Term
+from mmdit_deploy.graph.fuse.rotary.channel_reader import Reader
+from mmdit_deploy.graph.fuse.rotary.channels import Channels, Dim, Made, Term
 
 # Where channels go without being changed, but in sign and type.
 _MOVES = frozenset("Cast Concat Gather Identity Neg Reshape Slice Split Squeeze Transpose Unsqueeze".split())

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import onnx
 
 from mmdit_deploy.errors import UsageError
-from mmdit_deploy.graph.element_types import nbytes_of
+from mmdit_deploy.graph.checks.element_types import nbytes_of
 from mmdit_deploy.graph.walk import model_tensors, named
 
 _BESIDE = "the external weights of an ONNX model must lie in its folder, in plain files"
@@ -70,7 +70,7 @@ def check_external_data(model: onnx.ModelProto, folder: Path) -> None:
     """Check every reference to weights outside of the file.
 
     Args:
-        model: parsed, with tensors that `mmdit_deploy.graph.tensor_data` has checked.
+        model: parsed, with tensors that `mmdit_deploy.graph.checks.tensor_data` has checked.
         folder: of the file, which references are relative to.
 
     Raises:

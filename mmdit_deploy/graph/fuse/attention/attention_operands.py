@@ -12,8 +12,8 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript.rewriter._basics import MatchFailureError
 
-from mmdit_deploy.graph.fuse.einsum import Perm, product_perms
-from mmdit_deploy.graph.fuse.heads import LAST_TWO, Dim, before_merging, dims_of, perm_of, same_dims
+from mmdit_deploy.graph.fuse.attention.einsum import Perm, product_perms
+from mmdit_deploy.graph.fuse.attention.heads import LAST_TWO, Dim, before_merging, dims_of, perm_of, same_dims
 from mmdit_deploy.graph.fuse.known_values import number
 from mmdit_deploy.graph.passes import like
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 import onnx_ir as ir
 from onnxscript.rewriter._basics import MatchFailureError
 
-from mmdit_deploy.graph.fuse.attention_operands import Operand, is_product, product_operands, scaled_by
-from mmdit_deploy.graph.fuse.heads import Dim, same_dims, stretches
+from mmdit_deploy.graph.fuse.attention.attention_operands import Operand, is_product, product_operands, scaled_by
+from mmdit_deploy.graph.fuse.attention.heads import Dim, same_dims, stretches
 from mmdit_deploy.graph.fuse.known_values import is_zero, number
 
 # A score of this or less, by type, is a mask, as no other score is near it; that one could be is not looked at.

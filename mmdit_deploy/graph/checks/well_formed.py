@@ -12,10 +12,10 @@ import onnx
 
 from mmdit_deploy.errors import UsageError
 from mmdit_deploy.graph.calls import check_calls
-from mmdit_deploy.graph.dataflow import check_function, check_graph
-from mmdit_deploy.graph.element_types import KNOWN
-from mmdit_deploy.graph.external_data import check_external_data
-from mmdit_deploy.graph.tensor_data import check_tensors
+from mmdit_deploy.graph.checks.dataflow import check_function, check_graph
+from mmdit_deploy.graph.checks.element_types import KNOWN
+from mmdit_deploy.graph.checks.external_data import check_external_data
+from mmdit_deploy.graph.checks.tensor_data import check_tensors
 from mmdit_deploy.graph.walk import model_graphs, model_nodes, named, node_label
 
 # Attributes of ONNX's ops that are element types.

@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 from mmdit_deploy.graph.attributes import given_by_call
-from mmdit_deploy.graph.fuse.channel_rows import is_turned, rows
-from mmdit_deploy.graph.fuse.channels import READ, Channels, Made, Term, dim, grid
+from mmdit_deploy.graph.fuse.rotary.channel_rows import is_turned, rows
+from mmdit_deploy.graph.fuse.rotary.channels import READ, Channels, Made, Term, dim, grid
 
 _WIDEST = 1024  # channels: of a head, and not of the model
 _DEEPEST = 40  # ops: what makes cosines out of positions, and not the layers before

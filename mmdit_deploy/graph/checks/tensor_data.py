@@ -12,8 +12,8 @@ import numpy as np
 import onnx
 
 from mmdit_deploy.errors import UsageError
-from mmdit_deploy.graph.element_types import KNOWN, bits, elements, type_name
-from mmdit_deploy.graph.external_data import is_external
+from mmdit_deploy.graph.checks.element_types import KNOWN, bits, elements, type_name
+from mmdit_deploy.graph.checks.external_data import is_external
 from mmdit_deploy.graph.walk import model_attributes, model_graphs, model_tensors, named
 
 _T = onnx.TensorProto

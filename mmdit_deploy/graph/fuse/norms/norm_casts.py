@@ -21,9 +21,9 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript.rewriter.pattern import MatchResult, RewriteRuleClassBase
 
-from mmdit_deploy.graph.fuse.norm_parameters import in_type
-from mmdit_deploy.graph.fuse.norm_weights import a_norm, norm_again, read_elsewhere
-from mmdit_deploy.graph.fuse.spelled_norm import HALF, STASH
+from mmdit_deploy.graph.fuse.norms.norm_parameters import in_type
+from mmdit_deploy.graph.fuse.norms.norm_weights import a_norm, norm_again, read_elsewhere
+from mmdit_deploy.graph.fuse.norms.spelled_norm import HALF, STASH
 from mmdit_deploy.graph.passes import Pass, like, rule_pass
 
 _FLOAT = ir.DataType.FLOAT

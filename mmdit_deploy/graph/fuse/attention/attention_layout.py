@@ -21,8 +21,8 @@ from onnxscript.rewriter import pattern
 from onnxscript.rewriter.pattern import MatchResult, RewriteRuleClassBase
 
 from mmdit_deploy.graph.attributes import Ints
-from mmdit_deploy.graph.fuse.heads import same_dims
-from mmdit_deploy.graph.fuse.tokens_first import heads_merged, merged_shape, swapped, tokens_first, transposed
+from mmdit_deploy.graph.fuse.attention.heads import same_dims
+from mmdit_deploy.graph.fuse.attention.tokens_first import heads_merged, merged_shape, swapped, tokens_first, transposed
 from mmdit_deploy.graph.passes import Pass, rule_pass
 
 _MOST_TRANSPOSED = 1  # of Q, K and V: with two, their transposes and the result's are no more than before

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from mmdit_deploy.graph.fuse.attention_mask import ints
-from mmdit_deploy.graph.fuse.heads import HEADS_AND_TOKENS, Dim, dims_of, perm_of
+from mmdit_deploy.graph.fuse.attention.attention_mask import ints
+from mmdit_deploy.graph.fuse.attention.heads import HEADS_AND_TOKENS, Dim, dims_of, perm_of
 from mmdit_deploy.graph.fuse.known_values import known
 from mmdit_deploy.graph.passes import like
 

@@ -19,8 +19,8 @@ import onnx_ir as ir
 from onnxscript.rewriter.pattern import MatchResult, RewriteRuleClassBase
 
 from mmdit_deploy.graph.attributes import given_by_call
-from mmdit_deploy.graph.fuse.channel_reader import Reader
-from mmdit_deploy.graph.fuse.rotation import NotExact, Part, Rotation, moved_from, rotation
+from mmdit_deploy.graph.fuse.rotary.channel_reader import Reader
+from mmdit_deploy.graph.fuse.rotary.rotation import NotExact, Part, Rotation, moved_from, rotation
 from mmdit_deploy.graph.passes import Pass, like, rule_pass
 
 

@@ -17,8 +17,8 @@ import onnx_ir as ir
 from onnxscript.rewriter._basics import MatchFailureError
 from onnxscript.rewriter.pattern import MatchResult, RewriteRule, RewriteRuleClassBase
 
-from mmdit_deploy.graph.fuse.layer_norm import subtracts_mean
-from mmdit_deploy.graph.fuse.spelled_norm import (
+from mmdit_deploy.graph.fuse.norms.layer_norm import subtracts_mean
+from mmdit_deploy.graph.fuse.norms.spelled_norm import (
     SPELLINGS,
     STASH,
     MeanSquare,

@@ -20,8 +20,8 @@ import onnx_ir as ir
 from onnxscript.rewriter.pattern import MatchResult, OrValue, RewriteRuleClassBase
 
 from mmdit_deploy.graph.attributes import given_by_call
-from mmdit_deploy.graph.fuse.norm_parameters import is_ones, parameter_of
-from mmdit_deploy.graph.fuse.spelled_norm import HALF, normalized_shape, ones
+from mmdit_deploy.graph.fuse.norms.norm_parameters import is_ones, parameter_of
+from mmdit_deploy.graph.fuse.norms.spelled_norm import HALF, normalized_shape, ones
 from mmdit_deploy.graph.passes import Pass, like, rule_pass
 
 NORMS = ("LayerNormalization", "RMSNormalization")

@@ -9,11 +9,11 @@ from typing import Any
 
 import onnx_ir as ir
 
-from mmdit_deploy.graph.fuse.attention_mask import as_type, constant, ints
-from mmdit_deploy.graph.fuse.attention_operands import Operand
-from mmdit_deploy.graph.fuse.attention_scores import Mask
-from mmdit_deploy.graph.fuse.einsum import Perm
-from mmdit_deploy.graph.fuse.heads import Dim, before_merging, broadcast, dims_of
+from mmdit_deploy.graph.fuse.attention.attention_mask import as_type, constant, ints
+from mmdit_deploy.graph.fuse.attention.attention_operands import Operand
+from mmdit_deploy.graph.fuse.attention.attention_scores import Mask
+from mmdit_deploy.graph.fuse.attention.einsum import Perm
+from mmdit_deploy.graph.fuse.attention.heads import Dim, before_merging, broadcast, dims_of
 from mmdit_deploy.graph.passes import like
 
 # What a finite fill becomes, which replaced the scores and is now added to them: so far down that in fp32 and bf16 no

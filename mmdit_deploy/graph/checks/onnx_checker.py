@@ -10,7 +10,7 @@ from __future__ import annotations
 import onnx
 
 from mmdit_deploy.errors import UsageError
-from mmdit_deploy.graph.external_data import is_external
+from mmdit_deploy.graph.checks.external_data import is_external
 from mmdit_deploy.graph.walk import model_tensors
 
 _SMALL = 1024  # bytes
@@ -22,7 +22,7 @@ def check_with_onnx(model: onnx.ModelProto) -> None:
     """Let ONNX's checker look at a model.
 
     Args:
-        model: one that `mmdit_deploy.graph.well_formed` has checked.
+        model: one that `mmdit_deploy.graph.checks.well_formed` has checked.
 
     Raises:
         UsageError: the checker refuses it.

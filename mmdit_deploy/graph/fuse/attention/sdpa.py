@@ -22,9 +22,9 @@ from onnxscript.rewriter import pattern
 from onnxscript.rewriter._basics import MatchFailureError
 from onnxscript.rewriter.pattern import MatchResult, RewriteRuleClassBase
 
-from mmdit_deploy.graph.fuse.attention_op import SpelledOut, apart_mask, write_attention
-from mmdit_deploy.graph.fuse.attention_operands import Operand, as_it_was, attended_operand
-from mmdit_deploy.graph.fuse.attention_scores import (
+from mmdit_deploy.graph.fuse.attention.attention_op import SpelledOut, apart_mask, write_attention
+from mmdit_deploy.graph.fuse.attention.attention_operands import Operand, as_it_was, attended_operand
+from mmdit_deploy.graph.fuse.attention.attention_scores import (
     Mask,
     Scores,
     check_adds_no_axis,
@@ -32,8 +32,8 @@ from mmdit_deploy.graph.fuse.attention_scores import (
     read_scores,
     readers_outside,
 )
-from mmdit_deploy.graph.fuse.einsum import Perm
-from mmdit_deploy.graph.fuse.heads import (
+from mmdit_deploy.graph.fuse.attention.einsum import Perm
+from mmdit_deploy.graph.fuse.attention.heads import (
     HEADS_AND_TOKENS,
     before_merging,
     before_sharing,

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from mmdit_deploy.graph.fuse.spelled_norm import made_by
+from mmdit_deploy.graph.fuse.norms.spelled_norm import made_by
 
 # A norm's own weights are looked at, to see whether they are ones or exact in 16 bits; no model is wider than this.
 _SMALL = 1 << 14

@@ -17,7 +17,7 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript.rewriter.pattern import MatchResult, RewriteRuleClassBase
 
-from mmdit_deploy.graph.fuse.heads import Dim, dims_of
+from mmdit_deploy.graph.fuse.attention.heads import Dim, dims_of
 from mmdit_deploy.graph.passes import Pass, like, rule_pass
 
 

@@ -1,0 +1,1 @@
+"""Attention: from products and a softmax, its masks, its layout."""

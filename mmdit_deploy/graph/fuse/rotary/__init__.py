@@ -1,0 +1,1 @@
+"""RoPE: read channel by channel."""
