@@ -47,7 +47,7 @@ from make import EXPORTERS, bare  # noqa: E402
 from whole_models import FIXTURES, OPTIMUM, TINY, file_name, run_inputs  # noqa: E402
 from without_weights import fill, read  # noqa: E402
 
-from mmdit_deploy.graph.onnx_file import executed_ops  # noqa: E402
+from mmdit_deploy.graph.calls import executed_ops  # noqa: E402
 from mmdit_deploy.graph.optimize import optimize_file  # noqa: E402
 
 OUT = REPOSITORY / "dist" / "bench" / "fusion_coverage"
