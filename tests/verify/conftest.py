@@ -321,16 +321,14 @@ def _attention(model: onnx.ModelProto, name: str) -> onnx.NodeProto:
 
 
 def _k_stays(model: onnx.ModelProto, name: str) -> None:
-    """K as it was before RoPE, which takes it apart with the first Slice on the way back from the attention."""
-    producers = {value: n for n in function(model, name).node for value in n.output}
-    merged = producers[_attention(model, name).input[1]]
-    source = merged.input[0]
-    while producers[source].op_type != "Slice":
-        source = producers[source].input[0]
-    source = producers[producers[source].input[0]].input[0]
-    while producers[source].op_type == "Cast":
-        source = producers[source].input[0]
-    merged.input[0] = source
+    """K as it was before RoPE, the first on the way back from the attention."""
+    nodes = function(model, name).node
+    producers = {value: n for n in nodes for value in n.output}
+    rope = producers[_attention(model, name).input[1]]
+    while rope.op_type != "RotaryEmbedding":
+        rope = producers[rope.input[0]]
+    for node in nodes:
+        node.input[:] = [rope.input[0] if value == rope.output[0] else value for value in node.input]
 
 
 def _no_mask(model: onnx.ModelProto, name: str) -> None:
