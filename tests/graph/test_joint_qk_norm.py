@@ -110,21 +110,6 @@ def test_streams_with_unlike_norms_are_not_joined() -> None:
         np.testing.assert_allclose(mine, theirs, rtol=1e-6)
 
 
-def test_norms_over_other_axes_stay() -> None:
-    model = parsed("""<ir_version: 11, opset_import: ["": 23]>
-    g (float[B, N, 24] a, float[2, 4] w) => (float[B, N, 2, 4] q, float[B, N, 2, 4] k)
-      <int64[3] parts = {8, 8, 8}, int64[4] heads = {0, 0, 2, 4}> {
-      a_q, a_k, a_v = Split <axis = 2> (a, parts)
-      a_qh = Reshape (a_q, heads)
-      a_kh = Reshape (a_k, heads)
-      qn = RMSNormalization <axis = 2> (a_qh, w)
-      kn = RMSNormalization <axis = 2> (a_kh, w)
-      q = Identity (qn)
-      k = Identity (kn)
-    }""")
-    assert joint_qk_norm.apply(model) == 0
-
-
 def test_k_and_v_are_not_q_and_k() -> None:
     """Only the first two parts of a projection are normalized together."""
     model = parsed("""<ir_version: 11, opset_import: ["": 23]>
@@ -167,49 +152,41 @@ def test_counts() -> None:
     assert NORMS == {"MMDiTQKNorm": 2, "MMDiTJointQKNorm": 4}
 
 
-def test_parts_of_tokens_are_not_parts_of_channels() -> None:
-    model = parsed("""<ir_version: 11, opset_import: ["": 23]>
-    g (float[2, 9, 8] a, float[4] w) => (float[2, 3, 2, 4] q, float[2, 3, 2, 4] k)
-      <int64[3] parts = {3, 3, 3}, int64[4] heads = {0, 0, 2, 4}> {
-      a_q, a_k, a_v = Split <axis = 1> (a, parts)
+def two_norms(
+    signature: str, parts: int, heads: str, *, axis: int = 2, attributes: str = "", late: str = ""
+) -> ir.Model:
+    """Q and K of one stream, split and normed in some way."""
+    return parsed(f"""<ir_version: 11, opset_import: ["": 23]>
+    g {signature} <int64[3] parts = {{{parts}, {parts}, {parts}}}, int64[4] heads = {{{heads}}}> {{
+      a_q, a_k, a_v = Split <axis = {axis}> (a, parts)
       a_qh = Reshape (a_q, heads)
       a_kh = Reshape (a_k, heads)
-      qn = RMSNormalization (a_qh, w)
-      kn = RMSNormalization (a_kh, w)
+      {late}
+      qn = RMSNormalization {attributes} (a_qh, w)
+      kn = RMSNormalization {attributes} (a_kh, w)
       q = Identity (qn)
       k = Identity (kn)
-    }""")
-    assert joint_qk_norm.apply(model) == 0
+    }}""")
+
+
+def test_norms_over_other_axes_stay() -> None:
+    signature = "(float[B, N, 24] a, float[2, 4] w) => (float[B, N, 2, 4] q, float[B, N, 2, 4] k)"
+    assert joint_qk_norm.apply(two_norms(signature, 8, "0, 0, 2, 4", attributes="<axis = 2>")) == 0
+
+
+def test_parts_of_tokens_are_not_parts_of_channels() -> None:
+    signature = "(float[2, 9, 8] a, float[4] w) => (float[2, 3, 2, 4] q, float[2, 3, 2, 4] k)"
+    assert joint_qk_norm.apply(two_norms(signature, 3, "0, 0, 2, 4", axis=1)) == 0
 
 
 def test_tokens_that_move_stay() -> None:
-    model = parsed("""<ir_version: 11, opset_import: ["": 23]>
-    g (float[4, 6, 24] a, float[4] w) => (float[6, 4, 2, 4] q, float[6, 4, 2, 4] k)
-      <int64[3] parts = {8, 8, 8}, int64[4] heads = {6, 4, 2, 4}> {
-      a_q, a_k, a_v = Split <axis = 2> (a, parts)
-      a_qh = Reshape (a_q, heads)
-      a_kh = Reshape (a_k, heads)
-      qn = RMSNormalization (a_qh, w)
-      kn = RMSNormalization (a_kh, w)
-      q = Identity (qn)
-      k = Identity (kn)
-    }""")
-    assert joint_qk_norm.apply(model) == 0
+    signature = "(float[4, 6, 24] a, float[4] w) => (float[6, 4, 2, 4] q, float[6, 4, 2, 4] k)"
+    assert joint_qk_norm.apply(two_norms(signature, 8, "6, 4, 2, 4")) == 0
 
 
 def test_weights_computed_late_are_there() -> None:
-    model = parsed("""<ir_version: 11, opset_import: ["": 23]>
-    g (float[B, N, 24] a, float[4] u) => (float[B, N, 2, 4] q, float[B, N, 2, 4] k)
-      <int64[3] parts = {8, 8, 8}, int64[4] heads = {0, 0, 2, 4}> {
-      a_q, a_k, a_v = Split <axis = 2> (a, parts)
-      a_qh = Reshape (a_q, heads)
-      a_kh = Reshape (a_k, heads)
-      w = Exp (u)
-      qn = RMSNormalization (a_qh, w)
-      kn = RMSNormalization (a_kh, w)
-      q = Identity (qn)
-      k = Identity (kn)
-    }""")
+    signature = "(float[B, N, 24] a, float[4] u) => (float[B, N, 2, 4] q, float[B, N, 2, 4] k)"
+    model = two_norms(signature, 8, "0, 0, 2, 4", late="w = Exp (u)")
     before = evaluate(model)
     assert joint_qk_norm.apply(model) == 1
     onnx.checker.check_model(ir.to_proto(model), full_check=True)

@@ -11,6 +11,7 @@ of the graph, in opset 17, which TensorRT 9.0 to 10.13 parse with its local func
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -49,9 +50,9 @@ class _ToPlugin(RewriteRuleClassBase):
     def __init__(self) -> None:
         super().__init__(remove_nodes=False)  # one norm may be modulated twice
 
+    @abc.abstractmethod
     def fields(self, node: ir.Node, values: _Values) -> dict[str, Plain]:
         """The plugin's fields, from a node and the values of the pattern."""
-        raise NotImplementedError
 
     def inputs(self, op: Any, node: ir.Node, values: _Values) -> Sequence[ir.Value]:
         """The plugin's inputs."""
