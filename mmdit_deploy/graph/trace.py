@@ -45,6 +45,16 @@ def trace(kind: Kind, dtype: torch.dtype) -> ir.Function:
     Args:
         dtype: the compute type of weights and activations.
     """
+    program, weights = export_kind(kind, dtype)
+    return _as_function(kind, program.model, weights)
+
+
+def export_kind(kind: Kind, dtype: torch.dtype) -> tuple[torch.onnx.ONNXProgram, list[str]]:
+    """The kind as the exporter leaves it: operators of PyTorch, and ONNX nodes whose values have the same names.
+
+    Returns:
+        The program, whose inputs are the activations and then the weights; and the weights' names.
+    """
     with FakeTensorMode(), _default_dtype(dtype):
         module = kind.build()
         weights = {
@@ -75,7 +85,7 @@ def trace(kind: Kind, dtype: torch.dtype) -> ir.Function:
             program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False)
     if program is None:
         raise GraphError(f"{kind.function} could not be traced", fix="report this as a bug")
-    return _as_function(kind, program.model, list(weights))
+    return program, list(weights)
 
 
 def _as_function(kind: Kind, model: ir.Model, weight_names: list[str]) -> ir.Function:

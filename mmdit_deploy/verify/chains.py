@@ -1,4 +1,4 @@
-"""The two sides of a comparison, both stepping through the model's calls with one call's weights in memory."""
+"""A bundle's graph, stepped through call by call with one call's weights in memory."""
 
 from __future__ import annotations
 
@@ -7,55 +7,12 @@ from pathlib import Path
 
 import onnx
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmdit_deploy.checkpoint.keys import Parameter, parameters
-from mmdit_deploy.checkpoint.weights import WeightSource, read_parameter
 from mmdit_deploy.contract import TensorSpec
 from mmdit_deploy.graph.extract import extract_call
 from mmdit_deploy.model import Call
-from mmdit_deploy.model.partition import call_of
 from mmdit_deploy.runtime import open_session, run_session
-from mmdit_deploy.spec import ModelSpec
-
-Values = dict[str, Tensor]
-
-
-class EagerCalls:
-    """The reference: the eager model in fp32, call by call, with the source's weights."""
-
-    def __init__(self, spec: ModelSpec, source: WeightSource):
-        self._source = source
-        self._modules: dict[str, nn.Module] = {}
-        self._parameters: dict[str, list[Parameter]] = {}
-        for parameter in parameters(spec):
-            self._parameters.setdefault(call_of(parameter.path), []).append(parameter)
-
-    def load(self, call: Call) -> _EagerCall:
-        """The call with its weights in memory."""
-        function = call.kind.function
-        if function not in self._modules:
-            with torch.device("meta"):  # buffers are made on the CPU; parameters come from the source
-                self._modules[function] = call.kind.build().eval()
-        weights = {
-            p.path.removeprefix(f"{call.path}."): read_parameter(self._source, p, torch.float32)
-            for p in self._parameters.get(call.path, ())
-        }
-        return _EagerCall(self._modules[function], [t.name for t in call.kind.inputs], weights)
-
-
-class _EagerCall:
-    def __init__(self, module: nn.Module, names: Sequence[str], weights: Values):
-        self._module, self._names, self._weights = module, names, weights
-
-    def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """fp32 in, fp32 out; a mask stays bool."""
-        with torch.inference_mode():
-            wide = {
-                name: t.float() if t.is_floating_point() else t for name, t in zip(self._names, inputs, strict=True)
-            }
-            out = torch.func.functional_call(self._module, self._weights, kwargs=wide)
-        return out if isinstance(out, tuple) else (out,)
 
 
 class EngineCalls:

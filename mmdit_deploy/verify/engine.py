@@ -16,13 +16,14 @@ from mmdit_deploy.build import EngineRecord, Target, execution_of, parse_target
 from mmdit_deploy.checkpoint.keys import parameters
 from mmdit_deploy.checkpoint.weights import WeightSource
 from mmdit_deploy.contract import Contract
+from mmdit_deploy.eager.calls import EagerCalls
 from mmdit_deploy.errors import MachineError
 from mmdit_deploy.machine import machine_facts
 from mmdit_deploy.model import Call, calls
 from mmdit_deploy.runtime import available_memory, check_runs_here, open_runner
 from mmdit_deploy.spec import ModelSpec, Precision
 from mmdit_deploy.verify.cases import case_inputs
-from mmdit_deploy.verify.chains import EagerCalls, EngineCalls, axis_sizes
+from mmdit_deploy.verify.chains import EngineCalls, axis_sizes
 from mmdit_deploy.verify.records import Case, Check, Verdict
 from mmdit_deploy.verify.reference import Reference, ReferenceRecorder
 from mmdit_deploy.verify.streaming import Progress, check_output, replay_parity, stream_parity

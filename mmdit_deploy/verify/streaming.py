@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from mmdit_deploy.contract import Contract
+from mmdit_deploy.eager.calls import EagerCalls, Values
 from mmdit_deploy.model import Call
-from mmdit_deploy.verify.chains import EagerCalls, EngineCalls, Values
+from mmdit_deploy.verify.chains import EngineCalls
 from mmdit_deploy.verify.metrics import compare, within
 from mmdit_deploy.verify.records import Case, Check, Level
 from mmdit_deploy.verify.reference import Reference, ReferenceRecorder, pick

@@ -1,0 +1,1 @@
+"""Rectified flow: schedules, and the Euler sampler with guidance."""
