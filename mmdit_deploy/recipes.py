@@ -13,6 +13,7 @@ from mmdit_deploy.build import parse_target
 from mmdit_deploy.contract import AXES, Profile, Range, parse_profile
 from mmdit_deploy.errors import UsageError
 from mmdit_deploy.families import preset
+from mmdit_deploy.precision.recipe import QuantizationRecipe
 from mmdit_deploy.spec import precision
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -30,7 +31,10 @@ class Recipe:
         description: what it is for, in a line.
         preset: the architecture, as `mmdit_deploy.families.preset` knows it.
         checkpoint: a folder or file to export, or the name of the published one on the Hugging Face hub.
-        precision: the compute type, as `mmdit_deploy.spec.precision` knows it.
+        precision: as `mmdit_deploy.spec.precision` knows it.
+        base: the compute type of what is not quantized; None for the precision's own.
+        quantization: what is quantized, by role, where it is not the precision's own: see
+            `mmdit_deploy.precision.recipe`.
         targets: engines to build, e.g. ``("ort-cpu",)``; empty for the defaults of the machine.
         ranges: by axis; the contract's defaults where not given.
         profiles: TensorRT's optimization profiles; one of the ranges where not given.
@@ -40,6 +44,8 @@ class Recipe:
     description: str
     preset: str
     precision: str
+    base: str | None = None
+    quantization: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: Path | str | None = None
     targets: tuple[str, ...] = ()
     ranges: Mapping[str, Range] = field(default_factory=dict)
@@ -116,9 +122,22 @@ def _recipe(path: Path, data: Mapping[str, Any]) -> Recipe:
             fix=f"correct them; required are {', '.join(sorted(_REQUIRED))}",
         )
     values = {key: _read_field(key, data[key], path) for key in _FIELDS if key in data}
+    _check_precision(values, path)
     if isinstance(values.get("checkpoint"), Path):
         values["checkpoint"] = path.parent / values["checkpoint"]
     return Recipe(path.stem, **values)
+
+
+def _check_precision(values: Mapping[str, Any], path: Path) -> None:
+    """Whether base and quantization go with the precision."""
+    field = "base"
+    try:
+        precision(values["precision"], values.get("base"))
+        field = "quantization"
+        if values.get("quantization"):
+            QuantizationRecipe.parse(values["quantization"], values["precision"])
+    except UsageError as error:
+        raise UsageError(f"{field} in {path}: {error.rule}", received=error.received, fix=error.fix) from error
 
 
 def _read_field(key: str, value: Any, path: Path) -> Any:
@@ -156,6 +175,12 @@ def _precision(value: Any) -> str:
     return precision(_text(value)).name
 
 
+def _table(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UsageError("it is a table")
+    return value
+
+
 def _targets(value: Any) -> tuple[str, ...]:
     names = _texts(value, "a list of targets")
     for name in names:
@@ -187,6 +212,8 @@ _FIELDS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "preset": (_preset, 'preset = "sd3-medium"'),
     "checkpoint": (_checkpoint, 'checkpoint = "black-forest-labs/FLUX.1-dev"'),
     "precision": (_precision, 'precision = "fp16"'),
+    "base": (_text, 'base = "bf16"'),
+    "quantization": (_table, 'mlp = "fp8" under [quantization]'),
     "targets": (_targets, 'targets = ["ort-cpu", "rtx:sm89"]'),
     "ranges": (_ranges, 'batch = "1:2:4" under [ranges]'),
     "profiles": (_profiles, 'profiles = ["batch=2,img_tokens=1024:4096:4096"]'),

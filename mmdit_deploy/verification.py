@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -10,6 +11,7 @@ import onnx_ir as ir
 
 from mmdit_deploy.build import Target, parse_target, stepped_dialect_of
 from mmdit_deploy.bundle import Bundle, open_bundle
+from mmdit_deploy.calibration.bundle_plan import bundle_plan
 from mmdit_deploy.checkpoint.same import check_same
 from mmdit_deploy.checkpoint.weights import RandomWeights, WeightSource, open_weights
 from mmdit_deploy.errors import BundleError, MachineError, MMDiTError, UsageError
@@ -24,8 +26,13 @@ from mmdit_deploy.verify import (
     verify_against_reference,
     verify_against_weights,
 )
+from mmdit_deploy.verify.image import load_decoder
+from mmdit_deploy.verify.noise_floor import FloorRequest
 from mmdit_deploy.verify.reference import FILE_NAME
+from mmdit_deploy.verify.sampling import Sampler
 from mmdit_deploy.verify.streaming import Progress
+from mmdit_deploy.verify.tolerances import DEFAULTS, load_tolerances
+from mmdit_deploy.verify.trajectory import with_trajectories
 
 
 def verify_bundle(
@@ -37,6 +44,10 @@ def verify_bundle(
     full: bool = False,
     thorough: bool = False,
     whole: bool = True,
+    noise_floor: FloorRequest | None = None,
+    tolerances: str | Path | None = None,
+    sampler: Sampler | None = None,
+    decode: str | None = None,
     progress: Progress | None = None,
 ) -> Verdict:
     """Compare a bundle's engine with the eager fp32 model.
@@ -48,6 +59,12 @@ def verify_bundle(
         full: the same for a bundle with random weights, which are made again from its seed.
         thorough: more and larger shapes, with `checkpoint` or `full`.
         whole: also run the whole engine in one session, where memory allows; without, one block is in memory.
+        noise_floor: what errors are compared with, with `checkpoint` or `full`: see
+            `mmdit_deploy.verify.noise_floor.floor_ways`; by default ``auto``.
+        tolerances: a file of the user's own bounds, see `mmdit_deploy.verify.tolerances.load_tolerances`.
+        sampler: also sample with both from the same noise, and compare each step and the image at the end, with
+            `checkpoint` or `full`.
+        decode: what makes images of its latents, as ``module:function``.
 
     Returns:
         The verdict; without a checkpoint, against what was recorded at export.
@@ -58,11 +75,26 @@ def verify_bundle(
         MachineError: the bundle lacks the engine, or it cannot run here.
     """
     _check_options(target, checkpoint, loras, full, thorough, whole)
+    if checkpoint is None and not full:
+        _check_needs_weights({"a noise floor": noise_floor, "a trajectory": sampler})
+    if decode is not None and sampler is None:
+        raise UsageError(
+            "--decode makes images of a trajectory's latents", received="--decode alone", fix="--trajectory 20"
+        )
+    decoder = None if decode is None else load_decoder(decode)
+    bounds = DEFAULTS if tolerances is None else load_tolerances(tolerances)
     bundle = open_bundle(path)
-    engine = _engine(bundle, _target(bundle, target, whole), whole)
+    engine = replace(engine_under_test(bundle, _target(bundle, target, whole), whole), tolerances=bounds)
     if checkpoint is not None or full:
-        cases = default_cases(bundle.contract, thorough=thorough)
-        return verify_against_weights(engine, _source(bundle, checkpoint, loras), cases, progress=progress)[0]
+        source = weights_of(bundle, checkpoint, loras)
+        cases = default_cases(bundle.contract, bundle.precision, thorough=thorough)
+        floor = noise_floor or "auto"
+        (verdict,) = verify_against_weights(engine, source, cases, noise_floor=floor, progress=progress)
+        if sampler is None:
+            return verdict
+        return with_trajectories(
+            verdict, engine, source, sampler, decode=decoder, noise_floor=floor != "none", progress=progress
+        )
     if FILE_NAME not in bundle.manifest.files:
         raise BundleError(
             f"without a checkpoint, verification needs the bundle's {FILE_NAME}",
@@ -104,6 +136,16 @@ def _check_options(
         raise _cannot_be_stepped(target)
 
 
+def _check_needs_weights(asked: Mapping[str, object]) -> None:
+    for what, value in asked.items():
+        if value is not None:
+            raise UsageError(
+                f"{what} needs the weights: reference.safetensors holds outputs of the export's shapes only",
+                received="neither --checkpoint nor --full",
+                fix="add --checkpoint PATH, or --full for random weights",
+            )
+
+
 def _cannot_be_stepped(engines: str) -> UsageError:
     return UsageError(
         f"{engines} is run whole: a TensorRT engine cannot be stepped through",
@@ -131,13 +173,24 @@ def _target(bundle: Bundle, name: str, whole: bool) -> Target:
     raise refusal
 
 
-def _engine(bundle: Bundle, target: Target, whole: bool) -> EngineUnderTest:
+def engine_under_test(bundle: Bundle, target: Target, whole: bool, *, runs: bool = True) -> EngineUnderTest:
+    """An engine of a bundle, to be verified.
+
+    Args:
+        whole: it is also run in one go, where this machine can.
+        runs: a TensorRT engine must run here; without, stepping through its graph is enough.
+
+    Raises:
+        BundleError: the bundle lacks what it needs.
+        MachineError: it cannot run here.
+    """
     if target.flavour is None:
         record, files = None, [engine_graph(bundle, target.name)]
         graph = onnx.load(files[0], load_external_data=False)
     else:
         record, files = engine_files(bundle, target.name)
-        check_runs_here(record, target)
+        if runs:
+            check_runs_here(record, target)
         graph = onnx.load(bundle.file("model.onnx"), load_external_data=False)
         dialect = stepped_dialect_of(target, bundle.precision)
         if dialect != "standard":
@@ -154,10 +207,16 @@ def _engine(bundle: Bundle, target: Target, whole: bool) -> EngineUnderTest:
         record=record,
         outputs=tuple(bundle.manifest.fields["outputs"]),
         whole=whole,
+        plan=bundle_plan(bundle),
     )
 
 
-def _source(bundle: Bundle, checkpoint: str | Path | None, loras: Sequence[str | Path]) -> WeightSource:
+def weights_of(bundle: Bundle, checkpoint: str | Path | None, loras: Sequence[str | Path]) -> WeightSource:
+    """What a bundle was made from: the checkpoint, or its seed again; with its LoRAs.
+
+    Raises:
+        UsageError: the weights are not random, or the checkpoint is another model's.
+    """
     weights = bundle.manifest.fields["weights"]
     if checkpoint is None:
         if not weights["random"]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -15,6 +18,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from mmdit_deploy.calibration.graph_values import fused_functions
 from mmdit_deploy.checkpoint import write_safetensors
 from mmdit_deploy.checkpoint.keys import parameters
 from mmdit_deploy.checkpoint.weights import (
@@ -25,10 +29,13 @@ from mmdit_deploy.checkpoint.weights import (
     weights_layout,
 )
 from mmdit_deploy.contract import Contract, Range
+from mmdit_deploy.eager.program import Program
 from mmdit_deploy.export import ExportRequest, export
 from mmdit_deploy.graph.pipeline import Graphs, build_graphs
-from mmdit_deploy.graph.trace import one_operator_registry, trace
-from mmdit_deploy.model import Call, Kind, MMDiT
+from mmdit_deploy.graph.trace import export_kind, one_operator_registry, trace
+from mmdit_deploy.model import Call, Kind, MMDiT, calls
+from mmdit_deploy.precision import PrecisionPlan
+from mmdit_deploy.precision.weights import planned_layout, stream_planned
 from mmdit_deploy.spec import PRECISIONS, ModelSpec
 
 # Every axis from one up: parity is shown at the ends of what is possible, not of what is usual.
@@ -115,8 +122,32 @@ _NOT_OF_OTHERS = (
     "dual_attention_blocks",
     "qk_norm",
 )
-_FUNCTIONS: dict[tuple[object, Kind, torch.dtype], ir.Function] = {}
+_FUNCTIONS: dict[object, ir.Function] = {}
+_EXPORTED: dict[object, tuple[torch.onnx.ONNXProgram, list[str]]] = {}
+_PROGRAMS: dict[object, Program] = {}
 _GRAPHS: dict[object, Graphs] = {}
+
+
+@pytest.fixture(scope="session")
+def bench_module() -> Callable[[str], ModuleType]:
+    """Imports a file of bench/ by its name, as a script beside it would."""
+    bench = str(Path(__file__).parents[1] / "bench")
+
+    def load(name: str) -> ModuleType:
+        sys.path.insert(0, bench)
+        try:
+            return importlib.import_module(name)
+        finally:
+            sys.path.remove(bench)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def digits(bench_module: Callable[[str], ModuleType]) -> ModuleType:
+    """`bench/digits_model.py`: a small text-to-image model with learned weights, sampled and judged."""
+    pytest.importorskip("sklearn")
+    return bench_module("digits_model")
 
 
 @pytest.fixture(scope="session")
@@ -138,22 +169,85 @@ def family(request: pytest.FixtureRequest) -> str:
     return name
 
 
-def _trace_kinds(spec: ModelSpec, calls: Sequence[Call], dtype: torch.dtype) -> dict[str, ir.Function]:
-    """What `trace_kinds` gives, with each function traced once per session.
+def _key(spec: ModelSpec, kind: Kind, dtype: torch.dtype) -> object:
+    """What the trace of a kind depends on.
 
     What a kind reads and makes says more than the spec: of what kind a block is, and how many residuals there are.
     """
-    block = tuple(getattr(spec, field) for field in _OF_BLOCKS)
-    other = tuple(value for field, value in dataclasses.asdict(spec).items() if field not in _NOT_OF_OTHERS)
+    if kind.function.endswith("Block"):
+        return tuple(getattr(spec, field) for field in _OF_BLOCKS), kind, dtype
+    return tuple(v for field, v in dataclasses.asdict(spec).items() if field not in _NOT_OF_OTHERS), kind, dtype
+
+
+@contextlib.contextmanager
+def _exported_once(spec: ModelSpec) -> Iterator[None]:
+    """A context in which graphs and programs of a model take what the session has exported already."""
+
+    def export(kind: Kind, dtype: torch.dtype) -> tuple[torch.onnx.ONNXProgram, list[str]]:
+        key = _key(spec, kind, dtype)
+        if key not in _EXPORTED:
+            _EXPORTED[key] = export_kind(kind, dtype)
+        return _EXPORTED[key]
+
+    with (
+        one_operator_registry(),
+        mock.patch("mmdit_deploy.graph.trace.export_kind", export),
+        mock.patch("mmdit_deploy.eager.program.export_kind", export),
+    ):
+        yield
+
+
+def _trace_kinds(spec: ModelSpec, calls: Sequence[Call], dtype: torch.dtype) -> dict[str, ir.Function]:
+    """What `trace_kinds` gives, with each function traced once per session."""
     functions = {}
-    with one_operator_registry():
+    with _exported_once(spec):
         for call in calls:
-            name = call.kind.function
-            key = (block if name.endswith("Block") else other, call.kind, dtype)
+            key = _key(spec, call.kind, dtype)
             if key not in _FUNCTIONS:
                 _FUNCTIONS[key] = trace(call.kind, dtype)
-            functions[name] = _FUNCTIONS[key]
+            functions[call.kind.function] = _FUNCTIONS[key]
     return functions
+
+
+@pytest.fixture(scope="session")
+def programs_for() -> Callable[..., Mapping[str, Program]]:
+    """The programs of a model's kinds, exported once a session: ``programs_for(spec, dtype=torch.float32)``.
+
+    The graphs of `graphs_of` are made of the same exports, most of them in fp32.
+    """
+
+    def programs(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> Mapping[str, Program]:
+        made = {}
+        with _exported_once(spec):
+            for call in calls(spec):
+                key = _key(spec, call.kind, dtype)
+                if key not in _PROGRAMS:
+                    _PROGRAMS[key] = Program(call.kind, dtype)
+                made[call.kind.function] = _PROGRAMS[key]
+        return made
+
+    return programs
+
+
+@pytest.fixture(scope="session")
+def fused_for() -> Callable[..., Mapping[str, ir.Function]]:
+    """The fused fp16 functions of a model's kinds, of exports made once a session: ``fused_for(spec, *names)``.
+
+    All of them where no name is given. They are shared: clone one before changing it.
+    """
+    made: dict[object, Mapping[str, ir.Function]] = {}
+
+    def fused(spec: ModelSpec, *names: str) -> Mapping[str, ir.Function]:
+        if (spec, names) not in made:
+            with mock.patch(
+                "mmdit_deploy.calibration.graph_values.trace_kinds",
+                lambda calls, dtype: _trace_kinds(spec, calls, dtype),
+            ):
+                wanted = [call for call in calls(spec) if not names or call.kind.function in names]
+                made[spec, names] = fused_functions(wanted, torch.float16)
+        return made[spec, names]
+
+    return fused
 
 
 @pytest.fixture(scope="session")
@@ -185,6 +279,37 @@ def graphs_of() -> Callable[..., Graphs]:
     return build
 
 
+@pytest.fixture(scope="session")
+def planned_graphs() -> Callable[..., Graphs]:
+    """A model's graphs with a precision plan: ``planned_graphs(spec, plan, dialects=())``, tracing nothing twice."""
+
+    def build(spec: ModelSpec, plan: PrecisionPlan, dialects: Sequence[str] = ()) -> Graphs:
+        contract = Contract.of(spec, plan.precision, WIDE_RANGES)
+        layout = planned_layout(spec, plan, {"format": "pt"})
+        with mock.patch(
+            "mmdit_deploy.graph.pipeline.trace_kinds", lambda calls, dtype: _trace_kinds(spec, calls, dtype)
+        ):
+            return build_graphs(spec, contract, plan.precision, layout, dialects=dialects, plan=plan)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def save_planned() -> Callable[..., Path]:
+    """Writes planned graphs and their weights side by side: ``save_planned(folder, spec, source, plan, graphs)``."""
+
+    def save(folder: Path, spec: ModelSpec, source: WeightSource, plan: PrecisionPlan, graphs: Graphs) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        onnx.save(graphs.standard, folder / "model.onnx")
+        for dialect, graph in graphs.lowered.items():
+            onnx.save(graph, folder / f"model.{dialect}.onnx")
+        layout = planned_layout(spec, plan, {"format": "pt"})
+        write_safetensors(folder / "weights.safetensors", layout, stream_planned(spec, source, plan))
+        return folder
+
+    return save
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     """A file system of its own, of the size that the test's module names in ``SMALL_DISK``, e.g. ``2m``."""
@@ -214,14 +339,20 @@ def traced_once(graphs_of: Callable[..., Graphs]) -> Callable[[], contextlib.Abs
 
     def build(
         spec: ModelSpec,
-        contract: object,
+        contract: Contract,
         precision: Any,
-        layout: object,
+        layout: Any,
         *,
         dialects: Sequence[str],
         outputs: Sequence[str] = (),
+        plan: Any = None,
     ) -> Graphs:
-        return graphs_of(spec, precision.name, dialects, outputs)
+        if plan is None or plan.plain:
+            return graphs_of(spec, precision.name, dialects, outputs)
+        with mock.patch(
+            "mmdit_deploy.graph.pipeline.trace_kinds", lambda calls, dtype: _trace_kinds(spec, calls, dtype)
+        ):
+            return build_graphs(spec, contract, precision, layout, dialects=dialects, outputs=outputs, plan=plan)
 
     return lambda: mock.patch("mmdit_deploy.export.pipeline.build_graphs", build)
 

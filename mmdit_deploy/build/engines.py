@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
+from mmdit_deploy.build.attention_sizes import check_profiles
 from mmdit_deploy.build.build_log import BuildLog
 from mmdit_deploy.build.engine_builder import BuiltEngine, build_engine
 from mmdit_deploy.build.flavours import Flavour
@@ -18,6 +20,7 @@ from mmdit_deploy.build.layers import EngineLayer, kernels_by_call, kernels_by_t
 from mmdit_deploy.build.layers_file import write_layers
 from mmdit_deploy.build.opt_sizes import at_opt
 from mmdit_deploy.build.progress import BuildProgress
+from mmdit_deploy.build.quantized import check_quantization
 from mmdit_deploy.build.records import EngineRecord, SegmentRecord
 from mmdit_deploy.build.targets import Target, dialect_of, execution_of
 from mmdit_deploy.contract import Contract, TensorSpec
@@ -30,6 +33,7 @@ from mmdit_deploy.graph.modulations import check_modulations
 from mmdit_deploy.graph.onnx_file import to_ir
 from mmdit_deploy.hashed_file import WrittenFile
 from mmdit_deploy.model import calls
+from mmdit_deploy.precision import PrecisionPlan
 from mmdit_deploy.spec import ModelSpec, Precision
 
 Log = Callable[[str], None]
@@ -45,6 +49,7 @@ def build_target(
     folder: Path,
     segments: Sequence[Sequence[str]],
     log: Log,
+    plan: PrecisionPlan | None = None,
 ) -> tuple[EngineRecord, dict[str, tuple[int, str]]]:
     """Build a target's engines into a bundle's folder.
 
@@ -54,14 +59,17 @@ def build_target(
         folder: the bundle's, with the weights file.
         segments: the model's calls, by segment.
         log: gets a line for people now and then, and the builder's warnings.
+        plan: what of it is quantized; nothing where there is none.
 
     Returns:
         What was built, and size and SHA-256 of the engine files, by path in the bundle.
 
     Raises:
         MissingPackageError: the flavour is not installed.
-        GraphError: TensorRT cannot build the graph, or did not fuse what the spec implies; names a copy of the build
-            log, which stays when the bundle's folder goes.
+        UsageError: the plan has attentions in FP8 that TensorRT has no kernel for, at a profile's minimum.
+        GraphError: TensorRT cannot build the graph, did not fuse what the spec implies, or does not compute with
+            quantized numbers what the plan quantizes; names a copy of the build log, which stays when the bundle's
+            folder goes.
         MachineError: the flavour is too old, the disk is full, or memory ran out.
         KeyboardInterrupt: Ctrl-C.
         BaseException: what `log` raised.
@@ -69,7 +77,9 @@ def build_target(
     flavour = target.flavour
     if flavour is None:
         raise ValueError(f"{target.name} is no TensorRT target")
-    fused = precision.name in flavour.fused_attention
+    plan = plan or PrecisionPlan(precision)
+    check_profiles(spec, plan, contract.profiles)
+    fused = precision.base in flavour.fused_attention
     into = folder / target.folder
     into.mkdir(parents=True)
     records: list[SegmentRecord] = []
@@ -99,12 +109,17 @@ def build_target(
                 )
                 expected = implied_by_call(spec, run)
                 profiles = len(contract.profiles)
-                attentions = check_fusion(graph, built.layers, expected, fused=fused, profiles=profiles, what=what)
+                fp8 = {call: len(plan.attentions[call]) for call in run if plan.attentions.get(call)}
+                attentions = check_fusion(
+                    graph, built.layers, expected, fused=fused, profiles=profiles, what=what, fp8=fp8
+                )
+                quantized = check_quantization(graph, built.layers, plan, run, what=what)
             layers[file], files[file] = at_opt(built.layers, graph, contract.profiles), built.file
             opts = [{axis: sizes.opt for axis, sizes in profile.items()} for profile in contract.profiles]
-            least = tuple(floors(spec, opt, precision.itemsize, run) for opt in opts)
-            records.append(_segment_record(file, run, graph, built, attentions, least))
-    record = EngineRecord(
+            least = tuple(floors(spec, opt, precision.itemsize, run, plan) for opt in opts)
+            record = _segment_record(file, run, graph, built, attentions, least)
+            records.append(replace(record, fp8_attentions=fp8, quantized_products=quantized))
+    made = EngineRecord(
         target=target.name,
         flavour=flavour.name,
         version=flavour.version() or str(flavour.load(target.name).__version__),
@@ -115,9 +130,9 @@ def build_target(
         segments=tuple(records),
     )
     hashes = {name: (file.size, file.sha256) for name, file in files.items()}
-    write_layers(into, record, layers, hashes)
-    log(f"build: {_summary(record, spec)}")
-    return record, hashes
+    write_layers(into, made, layers, hashes)
+    log(f"build: {_summary(made, spec)}")
+    return made, hashes
 
 
 def _segment_record(
@@ -193,6 +208,9 @@ def _summary(record: EngineRecord, spec: ModelSpec) -> str:
     attentions = spec.attentions
     fused = sum(record.fused_attentions.values())
     fusion = f"{fused} of {attentions} attentions fused" if fused else f"{attentions} attentions written out"
+    if fp8 := sum(record.fp8_attentions.values()):
+        fusion += f", {fp8} of them in FP8"
+    fusion += "".join(f", {n} products by {scheme}" for scheme, n in record.quantized_by_scheme.items())
     seconds = sum(segment.seconds for segment in record.segments)
     memory = record.activation_bytes
     activations = "" if memory is None else f"{memory / 1e9:.2f} GB of activations, "

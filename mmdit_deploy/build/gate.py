@@ -14,6 +14,7 @@ import onnx
 
 from mmdit_deploy.build.build_log import REPORT
 from mmdit_deploy.build.layers import EngineLayer
+from mmdit_deploy.build.quantized import WORDS
 from mmdit_deploy.errors import GraphError
 from mmdit_deploy.graph.census import OPS
 from mmdit_deploy.graph.lower.joint_qk_norm import NORMS
@@ -32,12 +33,14 @@ def check_fusion(
     fused: bool,
     profiles: int,
     what: str,
+    fp8: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """Check that attentions and norms are in the engine as they should be, in the plan of every profile.
 
     - The graph has the attentions and norms of the spec, in each call.
     - Each attention is one fused kernel, of that node alone. Where the precision has none, it is written out:
       matrix products and one softmax, of that node alone.
+    - Each attention that is planned in FP8 is a fused kernel that reads Q, K and V in FP8.
     - No softmax is computed elsewhere.
     - Each norm is in a kernel, and each LayerNormalization in one with its modulation.
 
@@ -48,6 +51,7 @@ def check_fusion(
         fused: whether the precision has a fused attention kernel; if not, attention must be written out.
         profiles: how many optimization profiles the engine has.
         what: the engine's name, for the message.
+        fp8: how many attentions of each call are planned in FP8; none where it is not said.
 
     Returns:
         Fused attention kernels by block, of each profile; all 0 where attention is written out.
@@ -56,7 +60,7 @@ def check_fusion(
         GraphError: names the block, the node, and what became of it.
     """
     nodes = _nodes(graph)
-    problems = list(_missing(nodes, expected))
+    problems = [*_missing(nodes, expected), *_unplanned(nodes, {} if fp8 is None else fp8)]
     kernels = [layer for layer in layers if layer.is_kernel]
     blocks = [call for call, ops in expected.items() if ops.get("Attention")]
     planned = sorted({kernel.profile for kernel in kernels})
@@ -84,6 +88,7 @@ class _Node:
     op: str
     readers: tuple[Source, ...]
     count: int = 1  # of that op: one reduction may be several norms
+    fp8: bool = False  # an attention's softmax: it is spelled out, and this node stands for it
 
 
 def _nodes(graph: onnx.ModelProto) -> dict[Source, _Node]:
@@ -100,12 +105,22 @@ def _nodes(graph: onnx.ModelProto) -> dict[Source, _Node]:
                 readers = tuple(
                     (prefix + name, call) for value in node.output for name in _readers(scope, value, functions)
                 )
-                norms = NORMS.get(function, 0) if node.op_type == "ReduceMean" else 0
-                made = _Node("RMSNormalization", readers, norms) if norms else _Node(node.op_type, readers)
-                nodes[prefix + node.name, call] = made
+                nodes[prefix + node.name, call] = _made(node, scope, function, readers)
 
     add(graph.graph.node, "", "")
     return nodes
+
+
+def _made(
+    node: onnx.NodeProto, scope: Sequence[onnx.NodeProto], function: str, readers: tuple[Source, ...]
+) -> _Node:
+    norms = NORMS.get(function, 0) if node.op_type == "ReduceMean" else 0
+    if norms:
+        return _Node("RMSNormalization", readers, norms)
+    read_by = {reader.op_type for reader in scope if node.output[0] in reader.input}
+    if node.op_type == "Softmax" and "QuantizeLinear" in read_by:
+        return _Node("Attention", readers, fp8=True)
+    return _Node(node.op_type, readers)
 
 
 def _readers(scope: Sequence[onnx.NodeProto], value: str, functions: Mapping[str, onnx.FunctionProto]) -> Iterator[str]:
@@ -140,6 +155,14 @@ def _missing(nodes: Mapping[Source, _Node], expected: Expected) -> Iterator[str]
                 yield f"{call or 'the main graph'}: {want} {op} expected, {len(got)} in the graph{listed}"
 
 
+def _unplanned(nodes: Mapping[Source, _Node], planned: Mapping[str, int]) -> Iterator[str]:
+    """Attentions that are in FP8 in the graph or in the plan, and not in both."""
+    found = Counter(call for (_, call), node in nodes.items() if node.fp8)
+    for call in dict.fromkeys([*planned, *found]):
+        if planned.get(call, 0) != found[call]:
+            yield f"{call}: {planned.get(call, 0)} attentions planned in FP8, {found[call]} in the graph"
+
+
 class _Plan:
     """The kernels of one profile, by the nodes that they were made of."""
 
@@ -163,6 +186,9 @@ class _Plan:
             if not right:
                 wanted = "one fused attention kernel" if fused else "written out"
                 yield f"{_shown(source)} (Attention) is not {wanted}; it became {_listed(became)}"
+            elif self.nodes[source].fp8 and not all(map(_reads_fp8, became)):
+                read = "; ".join(f"{kernel.name} reads {', '.join(t.dtype for t in kernel.inputs)}" for kernel in became)
+                yield f"{_shown(source)} (Attention) is to read Q, K and V in FP8; {read}"
         for kernel in self.kernels:
             if kernel.is_fused_attention and sum(self._op(s) == "Attention" for s in kernel.sources) != 1:
                 made_of = ", ".join(map(_shown, kernel.sources)) or "no node"
@@ -195,6 +221,12 @@ class _Plan:
     def _with_reader(self, source: Source) -> bool:
         readers = self.nodes[source].readers
         return any(reader in kernel.sources for kernel in self.of[source] for reader in readers)
+
+
+def _reads_fp8(kernel: EngineLayer) -> bool:
+    """Whether Q, K and V are in FP8, of a fused kernel; a mask is not."""
+    of_it = kernel.is_fused_attention
+    return not of_it or sum(tensor.dtype in WORDS["fp8"] for tensor in kernel.inputs) >= 3
 
 
 def _part(kernel: EngineLayer, attention: Source) -> str:

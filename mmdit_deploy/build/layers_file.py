@@ -46,6 +46,8 @@ _SEGMENT = {
     "outputs": [_TENSOR],
     "kernels": _KERNELS,
     "fused_attentions": _COUNTS,
+    "fp8_attentions": _Maybe(_COUNTS),
+    "quantized_products": _Maybe({str: _COUNTS}),
     "seconds": float,
     "activation_bytes": _Maybe(_COUNT),
     "floors": _Maybe([{str: {"bytes": _COUNT, "flops": _COUNT}}]),
@@ -60,8 +62,11 @@ _ENGINE = {
     "bytes": _COUNT,
     "kernels": _KERNELS,
     "fused_attentions": _COUNTS,
+    "fp8_attentions": _Maybe(_COUNTS),
+    "quantized_products": _Maybe(_COUNTS),
     "segments": [_SEGMENT],
 }
+_LATER = ("fp8_attentions", "quantized_products")  # which a version wrote no record of that did not know them
 _LAYER_TENSOR = (str, [range(-(2**63), 2**63)], str)
 _SIZED_TENSOR = (*_LAYER_TENSOR, _Maybe(_COUNT))
 _LAYER = {
@@ -196,10 +201,10 @@ def read_record(target: str, data: Mapping[str, Any], where: str) -> EngineRecor
     record = EngineRecord.from_json(target, data)
     again = record.to_json()
     for said, counted in ((data, again), *zip(data["segments"], again["segments"], strict=True)):
-        for name in ("bytes", "kernels", "fused_attentions"):
-            if said[name] != counted[name]:
+        for name in ("bytes", "kernels", "fused_attentions", *_LATER):
+            if (found := said.get(name)) != counted[name] and (found is not None or counted[name]):
                 raise _malformed(
-                    where, f"{name} {quote(said[name])}, where what it is made of adds up to {quote(counted[name])}"
+                    where, f"{name} {quote(found)}, where what it is made of adds up to {quote(counted[name])}"
                 )
     if not (record.segments and record.profiles and all(segment.calls for segment in record.segments)):
         raise _malformed(where, "no segment, no profile, or a segment without calls")

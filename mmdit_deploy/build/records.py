@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mmdit_deploy.build.floor import Floor
@@ -25,6 +25,9 @@ class SegmentRecord:
         seconds: that building it took.
         activation_bytes: memory that running it takes besides weights, at the largest sizes; None where TensorRT does
             not say.
+        fp8_attentions: how many of these are in FP8, by block; none where there are none.
+        quantized_products: products of quantized weights by call and, within it, by scheme (``fp8``); under ``engine``
+            those of no call: one for all modulations.
         floors: by profile, what each block moves and computes at least at the opt shape; none where a version wrote the
             record that did not know it.
     """
@@ -40,6 +43,8 @@ class SegmentRecord:
     seconds: float
     activation_bytes: int | None = None
     floors: tuple[Mapping[str, Floor], ...] = ()
+    fp8_attentions: Mapping[str, int] = field(default_factory=dict)
+    quantized_products: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def kernels(self) -> int:
@@ -58,6 +63,8 @@ class SegmentRecord:
                 "by_call": dict(self.kernels_by_call),
             },
             "fused_attentions": dict(self.fused_attentions),
+            "fp8_attentions": dict(self.fp8_attentions),
+            "quantized_products": {call: dict(schemes) for call, schemes in self.quantized_products.items()},
             "seconds": round(self.seconds, 1),
             "activation_bytes": self.activation_bytes,
             "floors": [{call: floor.to_json() for call, floor in floors.items()} for floors in self.floors],
@@ -84,6 +91,8 @@ class SegmentRecord:
             tuple(
                 {call: Floor.from_json(floor) for call, floor in floors.items()} for floors in data.get("floors") or ()
             ),
+            data.get("fp8_attentions") or {},
+            data.get("quantized_products") or {},
         )
 
 
@@ -139,6 +148,17 @@ class EngineRecord:
         """Fused attention kernels by block, of one profile."""
         return Counter({block: count for s in self.segments for block, count in s.fused_attentions.items()})
 
+    @property
+    def fp8_attentions(self) -> Counter[str]:
+        """Those of them that are in FP8."""
+        return Counter({block: count for s in self.segments for block, count in s.fp8_attentions.items()})
+
+    @property
+    def quantized_by_scheme(self) -> Counter[str]:
+        """Products of quantized weights in one profile, by scheme; that of all modulations is one."""
+        calls = (schemes for s in self.segments for schemes in s.quantized_products.values())
+        return sum((Counter(schemes) for schemes in calls), Counter[str]())
+
     def to_json(self) -> dict[str, Any]:
         return {
             "execution": self.execution,
@@ -155,6 +175,8 @@ class EngineRecord:
                 "by_call": dict(self.kernels_by_call),
             },
             "fused_attentions": dict(self.fused_attentions),
+            "fp8_attentions": dict(self.fp8_attentions),
+            "quantized_products": dict(self.quantized_by_scheme),
             "segments": [s.to_json() for s in self.segments],
         }
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from mmdit_deploy.build.flavours import RTX, TENSORRT, Flavour
+from mmdit_deploy.build.formats import check_formats, formats_of
 from mmdit_deploy.errors import UsageError
+from mmdit_deploy.precision import Scheme
 from mmdit_deploy.spec import Precision
 
 _RTX = re.compile(r"rtx:(sm\d+(?:\+sm\d+)*)")
@@ -71,21 +73,25 @@ def parse_target(name: str) -> Target:
     return Target("rtx:" + "+".join(ordered), "cuda", flavour=RTX, capabilities=ordered)
 
 
-def check_targets(names: Sequence[str], precision: Precision) -> tuple[Target, ...]:
+def check_targets(
+    names: Sequence[str], precision: Precision, schemes: Collection[Scheme] = ()
+) -> tuple[Target, ...]:
     """The targets to build, without repeats.
 
+    Args:
+        schemes: that linear layers are quantized by, besides those of the precision's own name.
+
     Raises:
-        UsageError: a name is no target, there is none, or a named GPU lacks the precision.
+        UsageError: a name is no target, there is none, or a GPU of one lacks a format of the precision: one that it
+            names, or for ``trt`` this machine's, where torch sees it.
     """
     if not names:
         raise UsageError("a bundle has at least one target", received="none", fix="--target ort-cpu")
     targets = tuple({target.name: target for target in map(parse_target, names)}.values())
+    formats = formats_of(precision, schemes)
     for target in targets:
-        # bf16 came with Ampere; TensorRT-RTX: "the model contains HW-specific datatypes: b16".
-        if precision.name == "bf16" and "sm75" in target.capabilities:
-            raise UsageError(
-                "bf16 needs a GPU of compute capability sm80 or later", received=target.name, fix="--fp16, or drop sm75"
-            )
+        if target.flavour is not None:
+            check_formats(formats, target.name, target.flavour, target.capabilities)
     return targets
 
 
@@ -93,8 +99,7 @@ def dialect_of(target: Target, precision: Precision) -> str:
     """The graph dialect that a target runs at a precision."""
     if target.flavour is not None:
         return "trt"
-    # ONNX Runtime has no bf16 kernels on CPU, so bf16 is emulated there, and reports call it so.
-    return "ort-emulated-bf16" if (target.name, precision.name) == ("ort-cpu", "bf16") else "ort"
+    return _emulating("ort", precision, on_cpu=target.name == "ort-cpu")
 
 
 def stepped_dialect_of(target: Target, precision: Precision) -> str:
@@ -104,18 +109,37 @@ def stepped_dialect_of(target: Target, precision: Precision) -> str:
     """
     if target.flavour is None:
         return dialect_of(target, precision)
-    return "standard-emulated-bf16" if precision.name == "bf16" else "standard"
+    return _emulating("standard", precision, on_cpu=True)
+
+
+def _emulating(dialect: str, precision: Precision, *, on_cpu: bool) -> str:
+    """A dialect that ONNX Runtime can run: it has no kernels for bf16 on CPU, and none for FP4 anywhere.
+
+    What it has not is emulated, and reports call it so.
+    """
+    emulated = ["fp4"] * (precision.name == "fp4") + ["bf16"] * (on_cpu and precision.base == "bf16")
+    return "-".join([dialect, "emulated", *emulated]) if emulated else dialect
 
 
 def execution_of(target: Target, precision: Precision) -> str:
     """How a target computes at a precision, in words for the report."""
+    what = f"{precision.name} and {precision.base}" if precision.quantized else precision.name
     if target.flavour is not None:
-        attention = "fused" if precision.name in target.flavour.fused_attention else "written out"
-        return f"{target.flavour.name}, {precision.name} kernels, {attention} attention"
-    if target.name == "ort-cpu":
-        return {
-            "fp32": "ONNX Runtime on CPU, fp32 kernels",
-            "fp16": "ONNX Runtime on CPU, fp16 through casts around fp32 kernels",
-            "bf16": "ONNX Runtime on CPU, bf16 emulated: fp32 kernels, each result rounded through bf16",
-        }[precision.name]
-    return f"ONNX Runtime on CUDA, {precision.name} kernels"
+        attention = "fused" if precision.base in target.flavour.fused_attention else "written out"
+        return f"{target.flavour.name}, {what} kernels, {attention} attention"
+    quantized = _QUANTIZED_IN_ORT[precision.name == "fp4"].format(precision.name) if precision.quantized else ""
+    if target.name != "ort-cpu":
+        return f"ONNX Runtime on CUDA, {quantized}{precision.base} kernels"
+    return f"ONNX Runtime on CPU, {quantized}{_ON_CPU[precision.base]}"
+
+
+# Which of the two: whether it is FP4.
+_QUANTIZED_IN_ORT = (
+    "{} by Quantize and Dequantize around the rest; the rest: ",
+    "{} emulated: weights and inputs rounded to it by other ops; the rest: ",
+)
+_ON_CPU = {
+    "fp32": "fp32 kernels",
+    "fp16": "fp16 through casts around fp32 kernels",
+    "bf16": "bf16 emulated: fp32 kernels, each result rounded through bf16",
+}

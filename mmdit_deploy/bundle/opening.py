@@ -32,7 +32,7 @@ class Bundle:
         name: what the bundle calls the model.
         spec: the architecture.
         contract: names, dtypes and ranges of the engine's tensors.
-        precision: the compute type.
+        precision: the compute type, and how linear layers are quantized.
     """
 
     path: Path
@@ -169,7 +169,7 @@ def _bundle(directory: Path, manifest: Manifest) -> Bundle:
             name,
             ModelSpec.from_json(spec),
             Contract.from_json(contract),
-            precision(compute),
+            precision(compute, manifest.fields.get("base")),
         )
     except MMDiTError as error:
         raise _malformed(directory, str(error)) from error

@@ -6,6 +6,7 @@ weights file keeps those next to each other, so that the joined parameter is one
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -47,6 +48,7 @@ class Parameter:
         return math.prod(self.shape)
 
 
+@functools.lru_cache(maxsize=8)  # a whole model of modules is made to count them
 def parameters(spec: ModelSpec) -> tuple[Parameter, ...]:
     """Every parameter of the model, in the order of the weights file.
 

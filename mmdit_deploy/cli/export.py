@@ -12,12 +12,24 @@ from mmdit_deploy.errors import UsageError
 
 if TYPE_CHECKING:
     from mmdit_deploy.export import ExportRequest, ExportResult
+    from mmdit_deploy.precision.recipe import QuantizationRecipe
+    from mmdit_deploy.recipes import Recipe
+    from mmdit_deploy.spec import Precision
 
-PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS = {
+    "fp32": "compute in fp32",
+    "fp16": "compute in fp16 (the default)",
+    "bf16": "compute in bf16",
+    "fp8": "attention projections, MLPs and attention in FP8 (E4M3), the rest in the base type",
+    "int8": "attention projections and MLPs in INT8 (SmoothQuant), the rest in the base type",
+    "fp4": "attention projections and MLPs in NVFP4, the rest in the base type",
+    "w4a16": "weights of attention projections and MLPs in INT4, everything is computed in the base type",
+}
 AXES = ("batch", "img_tokens", "txt_tokens")
 EPILOG = """examples:
   mmdit-export --depth 24 --fp16
   mmdit-export path/to/checkpoint --bf16 --target rtx:sm89+sm120
+  mmdit-export path/to/checkpoint --fp8 --calib captured.safetensors --quantize modulation=fp8-weights
   mmdit-export --preset sd3.5-large --fp16 --target rtx:sm120 --segments 4 --profile batch=2,img_tokens=4096
 """
 
@@ -54,9 +66,9 @@ def parser() -> argparse.ArgumentParser:
         help="take the N residuals of a ControlNet as one more input (Stable Diffusion 3 and 3.5)",
     )
     precision = p.add_mutually_exclusive_group()
-    for name in PRECISIONS:
-        help_text = f"compute in {name}" + (" (the default)" if name == "fp16" else "")
+    for name, help_text in PRECISIONS.items():
         precision.add_argument(f"--{name}", dest="precision", action="store_const", const=name, help=help_text)
+    _add_precision_options(p)
     p.add_argument(
         "--target",
         action="append",
@@ -96,6 +108,37 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def _add_precision_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--base", metavar="fp16|bf16", help="of a quantized model: the type of the rest (default fp16)")
+    p.add_argument(
+        "--fp16-plan",
+        choices=("auto", "pure"),
+        help="with fp16: keep in fp32 what calibration says must be (auto, the default with a checkpoint), or nothing "
+        "(pure, the default with random weights, which say nothing about ranges)",
+    )
+    p.add_argument(
+        "--quantize",
+        action="append",
+        metavar="ROLE=SCHEME",
+        help="of a quantized model: how a role's linear layers are quantized, e.g. modulation=fp8-weights or "
+        "attention=none; may repeat. Roles: attention, mlp, modulation, embedders, final",
+    )
+    p.add_argument(
+        "--calib",
+        type=Path,
+        metavar="FILE",
+        help="calibrate on inputs captured from your own pipeline (mmdit_deploy.calibration.captured); default: "
+        "denoising trajectories of the eager model",
+    )
+    p.add_argument("--calib-method", metavar="amax|percentile|mse", help="how scales follow from what was seen")
+    p.add_argument("--scales", type=Path, metavar="FILE", help="reuse a bundle's calibration.safetensors")
+    p.add_argument(
+        "--budget",
+        metavar="rel_l2=X",
+        help="of a quantized model: quantize as much as keeps the relative L2 error of the output within X",
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     return run_command(parser(), _work, argv)
@@ -115,7 +158,7 @@ def _work(args: argparse.Namespace) -> int:
         "bundle": str(request.directory),
         "spec": request.spec.to_json(),
     }
-    summary = f"{request.spec.name} {request.precision.name}, weights {request.weights.description}: {plan.text()}"
+    summary = f"{request.spec.name} {request.precision.label}, weights {request.weights.description}: {plan.text()}"
     if args.dry_run:
         emit(args, f"{summary}\ndry run: nothing was written", {"dry_run": True, **data})
         return 0
@@ -166,13 +209,14 @@ def _request(args: argparse.Namespace) -> ExportRequest:
     spec, source, notes = choose_model(args, recipe)
     for note in notes:
         _log(note)
+    compute = precision(*_precision(args, recipe))
     ranges = dict(recipe.ranges) if recipe else {}
     ranges.update({axis: Range.parse(axis, text) for axis in AXES if (text := getattr(args, axis)) is not None})
     return ExportRequest(
         spec=spec,
         source=source,
         loras=tuple(open_lora(path, spec, scale) for path, scale in loras),
-        precision=precision(args.precision or (recipe.precision if recipe else "fp16")),
+        precision=compute,
         targets=tuple(args.target or (recipe and recipe.targets) or default_targets()),
         out=args.out,
         ranges=ranges,
@@ -184,7 +228,48 @@ def _request(args: argparse.Namespace) -> ExportRequest:
         verify=args.verify,
         thorough=args.thorough,
         graph_only=args.graph_only,
+        quantization=_quantization(args, recipe, compute),
+        fp16_plan=args.fp16_plan,
+        calib=args.calib,
+        scales=args.scales,
+        budget=_budget(args.budget),
     )
+
+
+def _precision(args: argparse.Namespace, recipe: Recipe | None) -> tuple[str, str | None]:
+    """The precision's name and its base: the arguments', else the recipe's."""
+    name = args.precision or (recipe.precision if recipe else "fp16")
+    base = recipe.base if recipe and name == recipe.precision else None
+    return name, args.base or base
+
+
+def _quantization(args: argparse.Namespace, recipe: Recipe | None, compute: Precision) -> QuantizationRecipe | None:
+    """What is quantized: the recipe's table, if it is of this precision, with what the arguments change."""
+    from mmdit_deploy.precision.recipe import QuantizationRecipe
+
+    table = dict(recipe.quantization) if recipe and recipe.precision == compute.name else {}
+    for text in args.quantize or ():
+        role, equals, scheme = text.partition("=")
+        if not equals:
+            raise UsageError(
+                "--quantize is a role and its scheme", received=ascii(text)[:80], fix="e.g. --quantize mlp=fp8"
+            )
+        table[role] = scheme
+    if args.calib_method is not None:
+        table["method"] = args.calib_method
+    return QuantizationRecipe.parse(table, compute.name) if table else None
+
+
+def _budget(text: str | None) -> float | None:
+    if text is None:
+        return None
+    measure, _, value = text.partition("=")
+    try:
+        if measure == "rel_l2":
+            return float(value)
+    except ValueError:
+        pass
+    raise UsageError("--budget is rel_l2=X", received=ascii(text)[:80], fix="e.g. --budget rel_l2=0.02")
 
 
 def _segments(text: str) -> int | None:

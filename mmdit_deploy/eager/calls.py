@@ -43,16 +43,16 @@ class EagerCalls:
 
 
 class EagerCall:
-    """One call of the eager model, with its weights."""
+    """One call of the eager model, with its weights: fp32, by their names in the module."""
 
     def __init__(self, module: nn.Module, names: Sequence[str], weights: Values):
-        self._module, self._names, self._weights = module, names, weights
+        self.module, self.names, self.weights = module, names, weights
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """fp32 in, fp32 out; a mask stays bool."""
         with torch.inference_mode():
             wide = {
-                name: t.float() if t.is_floating_point() else t for name, t in zip(self._names, inputs, strict=True)
+                name: t.float() if t.is_floating_point() else t for name, t in zip(self.names, inputs, strict=True)
             }
-            out = torch.func.functional_call(self._module, self._weights, kwargs=wide)
+            out = torch.func.functional_call(self.module, self.weights, kwargs=wide)
         return out if isinstance(out, tuple) else (out,)

@@ -76,6 +76,9 @@ class Program:
         return tuple(pytree.tree_leaves(out))
 
 
+_CLIPS = (torch.ops.aten.clamp.default, torch.ops.aten.clamp.Tensor)  # the exporter's decompositions make the second
+
+
 class _Interpreter(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, dtype: torch.dtype, tap: Tap | None, replace: Replace | None):
         super().__init__(module)
@@ -89,7 +92,7 @@ class _Interpreter(fx.Interpreter):
         if made is None:
             if kwargs.get("dtype") == self._dtype:
                 kwargs = {**kwargs, "dtype": torch.float32}
-            clips = self._dtype == torch.float16 and n.target is torch.ops.aten.clamp.default
+            clips = self._dtype == torch.float16 and n.target in _CLIPS
             made = args[0] if clips else self.call_function(n.target, args, kwargs)
         return self._tap(n, made) if self._tap is not None and isinstance(made, Tensor) else made
 

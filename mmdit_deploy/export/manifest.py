@@ -12,6 +12,7 @@ from typing import Any
 from mmdit_deploy.build import RTX, TENSORRT, EngineRecord, Target, dialect_of, execution_of
 from mmdit_deploy.checkpoint.weights import RandomWeights
 from mmdit_deploy.contract import Contract
+from mmdit_deploy.export.planning import Planned
 from mmdit_deploy.export.request import ExportRequest
 from mmdit_deploy.graph.pipeline import Graphs
 from mmdit_deploy.report import write_html
@@ -45,6 +46,7 @@ def manifest_fields(
     targets: Sequence[Target],
     records: Mapping[str, EngineRecord],
     verdicts: Sequence[Verdict],
+    planned: Planned,
 ) -> dict[str, Any]:
     """Everything that the manifest says but for the files.
 
@@ -55,6 +57,8 @@ def manifest_fields(
     return {
         "name": request.spec.name,
         "precision": request.precision.name,
+        "base": request.precision.base,
+        "precision_plan": planned.to_json(),
         "spec": request.spec.to_json(),
         "contract": contract.to_json(),
         "outputs": list(request.outputs),

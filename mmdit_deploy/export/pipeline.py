@@ -7,21 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-import torch
 
 from mmdit_deploy.build import EngineRecord, Target, dialect_of, stepped_dialect_of
 from mmdit_deploy.build.engines import build_target
 from mmdit_deploy.bundle import check_destination, staged_bundle, write_manifest
 from mmdit_deploy.checkpoint import write_safetensors
-from mmdit_deploy.checkpoint.weights import RandomWeights, stream_parts, weights_layout
+from mmdit_deploy.checkpoint.weights import RandomWeights
 from mmdit_deploy.contract import Contract
 from mmdit_deploy.errors import ParityError
 from mmdit_deploy.export.machine import check_builds_here, check_verifies_here
 from mmdit_deploy.export.manifest import STANDARD, WEIGHTS, graph_file, manifest_fields, write_reports
+from mmdit_deploy.export.planning import calibrates, check_calibration, plan_precision
 from mmdit_deploy.export.request import ExportRequest
 from mmdit_deploy.graph.pipeline import Graphs, build_graphs
 from mmdit_deploy.model import calls
-from mmdit_deploy.model.partition import call_bytes, partition
+from mmdit_deploy.model.partition import partition
+from mmdit_deploy.precision import PrecisionPlan
+from mmdit_deploy.precision.weights import planned_call_bytes, planned_layout, stream_planned
 from mmdit_deploy.preflight import Plan, check_plan, make_plan
 from mmdit_deploy.report import verdict_text
 from mmdit_deploy.report.words import bounds, breaches
@@ -39,6 +41,7 @@ def preflight(request: ExportRequest) -> Plan:
         MMDiTError: what the request breaks, or this machine lacks.
     """
     targets, contract = request.check()
+    check_calibration(request)
     check_destination(request.directory, force=request.force)
     plan = make_plan(
         request.spec,
@@ -46,6 +49,8 @@ def preflight(request: ExportRequest) -> Plan:
         contract,
         targets,
         from_checkpoint=not isinstance(request.source, RandomWeights),
+        quantized=request.structure,
+        calibrated=calibrates(request),
         merged=bool(request.loras),
         segments=request.segments,
         verify=request.verify,
@@ -90,17 +95,24 @@ def export(request: ExportRequest, log: Log = lambda _: None, plan: Plan | None 
     plan = plan or preflight(request)
     spec, precision = request.spec, request.precision
     targets, contract = request.check()
-    layout = weights_layout(spec, getattr(torch, precision.dtype), {"format": "pt"})
     if isinstance(request.source, RandomWeights):
         log(f"weights: {request.source.description} — no checkpoint was given")
     if any(target.flavour for target in targets):
         for axis in _costly(contract):
             log(f"warning: {axis} from 1 costs a TensorRT plan several kernels a block; from 2 it does not")
     with staged_bundle(request.directory, force=request.force) as folder:
+        planned = plan_precision(request, folder, log)
+        layout = planned_layout(spec, planned.plan, {"format": "pt"})
         shipped = dict.fromkeys(dialect_of(target, precision) for target in targets)
         stepped = dict.fromkeys(stepped_dialect_of(target, precision) for target in targets)
         graphs = build_graphs(
-            spec, contract, precision, layout, dialects=tuple({**shipped, **stepped}), outputs=request.outputs
+            spec,
+            contract,
+            precision,
+            layout,
+            dialects=tuple({**shipped, **stepped}),
+            outputs=request.outputs,
+            plan=planned.plan,
         )
         onnx.save(graphs.standard, folder / STANDARD)
         for dialect in shipped:
@@ -112,20 +124,30 @@ def export(request: ExportRequest, log: Log = lambda _: None, plan: Plan | None 
         records: dict[str, EngineRecord] = {}
         verdicts: tuple[Verdict, ...] = ()
         if not request.graph_only:
-            log(f"weights: writing {layout.total_bytes / 1e9:.2f} GB as {precision.name}")
-            source = stream_parts(spec, request.weights, getattr(torch, precision.dtype))
+            log(f"weights: writing {layout.total_bytes / 1e9:.2f} GB as {precision.label}")
+            source = stream_planned(spec, request.weights, planned.plan)
             written = write_safetensors(folder / WEIGHTS, layout, source)
             hashes[WEIGHTS] = (written.size, written.sha256)
             for target in targets:
                 if target.flavour is not None:
-                    segments = partition(calls(spec), call_bytes(spec, precision), plan.segments[target.name])
+                    segments = partition(
+                        calls(spec), planned_call_bytes(spec, planned.plan), plan.segments[target.name]
+                    )
                     records[target.name], files = build_target(
-                        target, spec, precision, contract, graphs.standard, folder, segments, log
+                        target,
+                        spec,
+                        precision,
+                        contract,
+                        graphs.standard,
+                        folder,
+                        segments,
+                        log,
+                        plan=planned.plan,
                     )
                     hashes |= files
             if request.verify:
-                verdicts = _verify(request, contract, folder, graphs, targets, records, log)
-        fields = manifest_fields(request, contract, graphs, targets, records, verdicts)
+                verdicts = _verify(request, contract, folder, graphs, targets, records, planned.plan, log)
+        fields = manifest_fields(request, contract, graphs, targets, records, verdicts, planned)
         write_reports(folder, fields, verdicts)
         write_manifest(folder, fields, hashes)
     return ExportResult(request.directory, graphs, records, verdicts)
@@ -143,10 +165,11 @@ def _verify(
     graphs: Graphs,
     targets: Sequence[Target],
     records: Mapping[str, EngineRecord],
+    plan: PrecisionPlan,
     log: Log,
 ) -> tuple[Verdict, ...]:
     """Verify every target and record the reference; the verdicts in the order of the targets."""
-    cases = default_cases(contract, thorough=request.thorough)
+    cases = default_cases(contract, request.precision, thorough=request.thorough)
     recorder = ReferenceRecorder(cases)
     engines = [
         EngineUnderTest(
@@ -160,6 +183,7 @@ def _verify(
             files=_engine_files(target, request, folder, records),
             record=records.get(target.name),
             outputs=request.outputs,
+            plan=plan,
         )
         for target in targets
     ]
@@ -197,9 +221,13 @@ def _engine_files(
 
 
 _MORE_PRECISE = {
-    "fp16": "--bf16 has more range, --fp32 more of both",
+    "fp16": "--fp16-plan auto keeps in fp32 what must be, --bf16 has more range, --fp32 more of both",
     "bf16": "--fp16 has more digits, --fp32 more of both",
     "fp32": "report this as a bug",
+    "fp8": "--budget rel_l2=0.05 quantizes less, --quantize attention=none leaves a role out",
+    "int8": "--budget rel_l2=0.05 quantizes less, --fp8 suits values of unlike size better",
+    "fp4": "--budget rel_l2=0.1 quantizes less, --fp8 has twice the bits",
+    "w4a16": "--budget rel_l2=0.1 quantizes less, --fp8 has twice the bits",
 }
 
 
@@ -207,8 +235,9 @@ def _refuse_failures(verdicts: Sequence[Verdict]) -> None:
     for verdict in verdicts:
         failure = verdict.first_failure
         if failure is not None:
+            tolerance = verdict.tolerance_of(failure)
             raise ParityError(
-                f"{verdict.target} must compute the eager model within tolerance: {bounds(verdict.tolerance)}",
-                received=f"{failure.name} ({failure.level}): {breaches(failure, verdict.tolerance)}; {failure.case}",
+                f"{verdict.target} must compute the eager model within tolerance: {bounds(tolerance)}",
+                received=f"{failure.name} ({failure.level}): {breaches(failure, tolerance)}; {failure.case}",
                 fix=f"{_MORE_PRECISE[verdict.precision]}; --no-verify writes the bundle all the same, unproven",
             )

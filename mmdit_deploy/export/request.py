@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from mmdit_deploy.build import Target, check_targets
-from mmdit_deploy.checkpoint.weights import WeightSource
+from mmdit_deploy.checkpoint.weights import RandomWeights, WeightSource
 from mmdit_deploy.contract import Contract, Profile, Range
 from mmdit_deploy.errors import UsageError
 from mmdit_deploy.lora import Lora, LoraWeights
-from mmdit_deploy.spec import ModelSpec, Precision
+from mmdit_deploy.precision import PrecisionPlan
+from mmdit_deploy.precision.recipe import QuantizationRecipe, fitted
+from mmdit_deploy.precision.structure import structure
+from mmdit_deploy.spec import QUANTIZED, ModelSpec, Precision
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,13 @@ class ExportRequest:
         thorough: verify more and larger shapes.
         graph_only: stop at the graphs; no weights are written, nothing can run.
         loras: merged into the weights, opened for the same architecture.
+        quantization: what is quantized, by role; None for what the precision does by itself.
+        fp16_plan: ``auto`` keeps in fp32 what calibration says must be, ``pure`` nothing. None is ``auto`` with a
+            checkpoint and ``pure`` with random weights, which say nothing about ranges.
+        calib: inputs captured from the user's own pipeline, to calibrate on; None for denoising trajectories of the
+            eager model.
+        scales: another bundle's ``calibration.safetensors``, whose scales are taken over.
+        budget: quantize as much as keeps the final output's relative L2 error within this.
     """
 
     spec: ModelSpec
@@ -51,6 +62,11 @@ class ExportRequest:
     thorough: bool = False
     graph_only: bool = False
     loras: Sequence[Lora] = ()
+    quantization: QuantizationRecipe | None = None
+    fp16_plan: Literal["auto", "pure"] | None = None
+    calib: Path | None = None
+    scales: Path | None = None
+    budget: float | None = None
 
     @property
     def weights(self) -> WeightSource:
@@ -61,7 +77,29 @@ class ExportRequest:
     def directory(self) -> Path:
         """Where the bundle goes."""
         suffix = "-graph" if self.graph_only else ""
-        return self.out or Path("dist") / f"{self.spec.name}-{self.precision.name}{suffix}"
+        return self.out or Path("dist") / f"{self.spec.name}-{self.precision.label}{suffix}"
+
+    @property
+    def quantizes(self) -> QuantizationRecipe | None:
+        """What is quantized; None where the precision quantizes nothing."""
+        if not self.precision.quantized:
+            return None
+        recipe = self.quantization or QuantizationRecipe.default(self.precision.name)
+        contract = Contract.of(self.spec, self.precision, self.ranges, profiles=self.profiles)
+        for ranges in (contract.ranges, *contract.profiles):
+            recipe = fitted(recipe, ranges, self.spec)
+        return recipe
+
+    @property
+    def seeks_islands(self) -> bool:
+        """Whether calibration decides what stays in fp32."""
+        chosen = self.fp16_plan or ("pure" if isinstance(self.source, RandomWeights) else "auto")
+        return self.precision.base == "fp16" and chosen == "auto" and not self.graph_only
+
+    @property
+    def structure(self) -> PrecisionPlan:
+        """The plan's tensors, before anything is calibrated."""
+        return structure(self.spec, self.precision, self.quantizes)
 
     def check(self) -> tuple[tuple[Target, ...], Contract]:
         """The targets and the contract, after the checks that the request alone decides.
@@ -77,6 +115,7 @@ class ExportRequest:
                 received=", ".join(ascii(name) for name in self.outputs),
                 fix="name blocks of this model",
             )
+        self._check_precision()
         targets = check_targets(self.targets, self.precision)
         if self.profiles and not any(target.flavour for target in targets):
             raise UsageError(
@@ -94,3 +133,44 @@ class ExportRequest:
             )
         contract = Contract.of(self.spec, self.precision, self.ranges, outputs=self.outputs, profiles=self.profiles)
         return targets, contract
+
+    def _check_precision(self) -> None:
+        if not self.precision.quantized:
+            given = {
+                "--quantize or a recipe's [quantization]": self.quantization,
+                "--scales": self.scales,
+                "--budget": self.budget,
+            }
+            for option, value in given.items():
+                if value is not None:
+                    raise UsageError(
+                        f"{option} goes with a quantized precision: {', '.join(QUANTIZED)}",
+                        received=f"it with {self.precision.name}",
+                        fix="drop it, or add e.g. --fp8",
+                    )
+        if self.fp16_plan is not None and self.precision.base != "fp16":
+            raise UsageError(
+                "--fp16-plan says what an fp16 model keeps in fp32",
+                received=f"--fp16-plan {self.fp16_plan} with {self.precision.label}",
+                fix="drop it, or compute in fp16",
+            )
+        found_by_calibration = {"--calib": self.calib, "--budget": self.budget}
+        for option, value in found_by_calibration.items():
+            if self.scales is not None and value is not None:
+                raise UsageError(
+                    "scales are taken over from a file, or found by calibration",
+                    received=f"--scales and {option}",
+                    fix="drop one of them",
+                )
+        if self.calib is not None and not (self.precision.quantized or self.seeks_islands):
+            raise UsageError(
+                "--calib says what to calibrate on",
+                received=f"--calib with {self.precision.label}, where nothing is calibrated",
+                fix="drop it, or add --fp16-plan auto or a quantized precision, e.g. --fp8",
+            )
+        if self.budget is not None and not 0 < self.budget < 1:
+            raise UsageError(
+                "--budget is the largest relative L2 error, between 0 and 1",
+                received=f"{self.budget}",
+                fix="e.g. --budget rel_l2=0.02",
+            )

@@ -9,7 +9,10 @@ import onnx_ir as ir
 
 from mmdit_deploy.errors import GraphError
 from mmdit_deploy.graph.lower.joint_qk_norm import NORMS
-from mmdit_deploy.graph.named_functions import is_named_function
+from mmdit_deploy.graph.named_functions import FP8_ATTENTIONS, is_named_function
+from mmdit_deploy.graph.precision.implied import FP8_ATTENTION, implied_by_plan, implied_in, product
+from mmdit_deploy.graph.precision.recognized import products_joined, scheme_of
+from mmdit_deploy.precision import PrecisionPlan
 from mmdit_deploy.spec import ModelSpec
 
 OPS = ("Attention", "RMSNormalization", "LayerNormalization", "Gelu", "Softmax")
@@ -20,7 +23,8 @@ ADAPTIVE = "LayerNormalization (adaptive)"  # one whose scale is computed, per s
 def census(model: ir.Model) -> dict[str, int]:
     """Nodes by op type that one run executes: a function's nodes count once per call. A named function is one node.
 
-    Q and K that TensorRT's dialect normalizes together are counted as the norms that they were.
+    Q and K that TensorRT's dialect normalizes together are counted as the norms that they were. A product with
+    quantized weights counts under its scheme, as ``MatMul (fp8)``.
     """
     functions = {f.name: f for f in model.functions.values() if not is_named_function(f)}
 
@@ -29,8 +33,10 @@ def census(model: ir.Model) -> dict[str, int]:
         for node in nodes:
             if node.op_type in NORMS:
                 total["RMSNormalization"] += NORMS[node.op_type]
+            elif node.op_type in FP8_ATTENTIONS:
+                total.update(["Attention", FP8_ATTENTION])
             else:
-                total += count(functions[node.op_type]) if node.op_type in functions else Counter([_label(node)])
+                total += count(functions[node.op_type]) if node.op_type in functions else _counted(node)
         return total
 
     return dict(count(model.graph))
@@ -58,8 +64,8 @@ def implied_by_call(spec: ModelSpec, calls: Collection[str] | None = None) -> di
     return {call: counts for call, counts in ops.items() if calls is None or call in calls}
 
 
-def implied(spec: ModelSpec) -> dict[str, int]:
-    """What the spec implies of the whole graph."""
+def implied(spec: ModelSpec, plan: PrecisionPlan | None = None) -> dict[str, int]:
+    """What the spec, and a plan of its precision, imply of the whole graph."""
     ops = {op: sum(counts.get(op, 0) for counts in implied_by_call(spec).values()) for op in OPS}
     duals = sum(block.dual_attention for block in spec.blocks)
     streams = sum(2 if block.makes_text else 1 for block in spec.blocks)  # whose attention and MLP have a residual each
@@ -68,10 +74,17 @@ def implied(spec: ModelSpec) -> dict[str, int]:
     mlps = streams + spec.single_depth
     named = (modulated, residuals, mlps if spec.activation == "swiglu" else 0)
     turned = 2 * (spec.depth + spec.single_depth) if spec.rope_axes else 0  # Q and K
-    return {**ops, **dict(zip(NAMED, named, strict=True)), "RotaryEmbedding": turned}
+    planned = {} if plan is None else implied_by_plan(plan)
+    return {**ops, **dict(zip(NAMED, named, strict=True)), "RotaryEmbedding": turned, **planned}
 
 
-def implied_lowered(spec: ModelSpec, dialect: str) -> dict[str, int]:
+def implied_lowered(spec: ModelSpec, dialect: str, plan: PrecisionPlan | None = None) -> dict[str, int]:
+    """What the spec, and a plan of its precision, imply of a graph in a dialect."""
+    counts = _implied_lowered(spec, dialect)
+    return counts if plan is None else implied_in(dialect, plan, counts)
+
+
+def _implied_lowered(spec: ModelSpec, dialect: str) -> dict[str, int]:
     """What the spec implies of a graph in a dialect: TensorRT's keeps the standard ops, but for RoPE.
 
     In ONNX Runtime's no attention holds its scores, no weight is transposed, and every norm takes its modulation, where
@@ -80,7 +93,7 @@ def implied_lowered(spec: ModelSpec, dialect: str) -> dict[str, int]:
     standard = implied(spec)
     if dialect == "decomposed" or dialect.startswith("trt-plugin"):
         return _implied_in_opset_17(standard, dialect)
-    spelled_out = dict.fromkeys(NAMED, 0) if dialect.endswith("emulated-bf16") else {}
+    spelled_out = dict.fromkeys(NAMED, 0) if dialect.endswith("bf16") else {}
     if not dialect.startswith("ort"):
         return {**standard, **spelled_out, **({"RotaryEmbedding": 0} if dialect == "trt" else {})}
     by_token = 2 * spec.depth if spec.still_references else 0
@@ -139,9 +152,13 @@ def check_census(model: ir.Model, expected: Mapping[str, int], what: str) -> dic
     return {op: found.get(op, 0) for op in expected}
 
 
-def _label(node: ir.Node) -> str:
+def _counted(node: ir.Node) -> Counter[str]:
+    """What a node counts as; a product for the modulations of many calls as many products."""
+    scheme = scheme_of(node)
+    if scheme is not None:
+        return Counter({product(scheme): products_joined(node)})
     if node.op_type == "LayerNormalization" and node.inputs[1] is not None:
         scale = node.inputs[1].producer()
         if scale is not None and scale.op_type != "Constant":
-            return ADAPTIVE
-    return node.op_type
+            return Counter([ADAPTIVE])
+    return Counter([node.op_type])

@@ -7,8 +7,8 @@ without the code that made it.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -18,19 +18,46 @@ from mmdit_deploy.errors import GraphError
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Rows of a product ``x · wᵀ + b``: what it reads, and the bytes of these rows of `w`, and of `b`, in the file."""
+class _Span:
+    """A tensor in the file.
 
-    x: str
-    spans: tuple[tuple[int, int], ...]
-    row_bytes: tuple[int, ...]
+    Args:
+        use: what the product does with it.
+        row_bytes: of each of its rows, of which the product has a column each; 0 of a number for all.
+    """
+
+    use: str
+    begin: int
+    end: int
+    row_bytes: int
+
+    def cut(self, start: int, count: int) -> _Span:
+        return replace(
+            self, begin=self.begin + start * self.row_bytes, end=self.begin + (start + count) * self.row_bytes
+        )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of a product ``x · wᵀ``, scaled and shifted: what it reads, and these rows' bytes in the file.
+
+    Args:
+        x: the name of a value; None of weights that are not multiplied yet.
+    """
+
+    x: str | None
+    spans: tuple[_Span, ...]
 
     def cut(self, start: int, count: int) -> _Rows:
-        spans = tuple(
-            (begin + start * size, begin + (start + count) * size)
-            for (begin, _), size in zip(self.spans, self.row_bytes, strict=True)
-        )
-        return _Rows(self.x, spans, self.row_bytes)
+        return replace(self, spans=tuple(span.cut(start, count) for span in self.spans))
+
+    def using(self, span: _Span, use: str) -> _Rows:
+        """With one more tensor of the file; a number for all rows says nothing of whose they are."""
+        return replace(self, spans=(*self.spans, replace(span, use=use))) if span.row_bytes else self
+
+    @property
+    def count(self) -> int:
+        return (self.spans[0].end - self.spans[0].begin) // self.spans[0].row_bytes
 
 
 def check_modulations(lowered: onnx.ModelProto, standard: onnx.ModelProto, calls: Collection[str]) -> int:
@@ -47,60 +74,99 @@ def check_modulations(lowered: onnx.ModelProto, standard: onnx.ModelProto, calls
     Raises:
         GraphError: one reads another's weights, or is not made of a product at all.
     """
-    made = _products(lowered)
+    made, expected = _made(lowered, calls), _made(standard, calls)
     for node in standard.graph.node:
         if node.name not in calls:
             continue
-        expected = _product(node.input, {i.name: i for i in standard.graph.initializer})
-        found = made.get(node.output[0])
-        if expected is None or found != expected:
+        wanted, found = expected.get(node.output[0]), made.get(node.output[0])
+        if not isinstance(wanted, _Rows) or found != wanted:
             raise GraphError(
-                f"{node.name} is made from its own rows of the weights file: {expected}",
+                f"{node.name} is made from its own rows of the weights file: {wanted}",
                 received=str(found or "no product"),
                 fix="report this as a bug",
             )
     return len(calls)
 
 
-def _products(model: onnx.ModelProto) -> dict[str, _Rows]:
-    """Every value of the main graph that is rows of a product with weights of the file."""
-    initializers = {i.name: i for i in model.graph.initializer}
-    constants: dict[str, np.ndarray] = {}
-    made: dict[str, _Rows] = {}
+_Known = str | _Span | _Rows | np.ndarray  # an activation's name, a tensor of the file, what they make, a constant
+
+
+def _made(model: onnx.ModelProto, calls: Collection[str]) -> dict[str, _Known]:
+    """What is known of every value of the main graph; of functions only those calls are looked into."""
+    functions = {f.name: f for f in model.functions}
+    values: dict[str, _Known] = {value.name: value.name for value in model.graph.input}
+    for tensor in model.graph.initializer:
+        span = _span(tensor)
+        if span is not None:
+            values[tensor.name] = span
     for node in model.graph.node:
+        if node.name in calls and node.op_type in functions:
+            body = functions[node.op_type]
+            given = {
+                formal: values[name] for formal, name in zip(body.input, node.input, strict=False) if name in values
+            }
+            _evaluate(body.node, given)
+            made = {out: given[formal] for formal, out in zip(body.output, node.output, strict=True) if formal in given}
+            values.update(made)
+        else:
+            _evaluate([node], values)
+        for name in node.output:
+            values.setdefault(name, name)
+    return values
+
+
+def _evaluate(nodes: Iterable[onnx.NodeProto], values: dict[str, _Known]) -> None:
+    for node in nodes:
+        read = [values.get(name) for name in node.input]
         if node.op_type == "Constant":
-            constants[node.output[0]] = _constant(node)
-        elif node.op_type == "Reshape" and node.input[0] in made:
-            made[node.output[0]] = made[node.input[0]]
-        elif node.op_type == "Split" and node.input[0] in made:
-            counts = constants[node.input[1]].tolist()
-            whole = made[node.input[0]]
-            rows = (whole.spans[0][1] - whole.spans[0][0]) // whole.row_bytes[0] // sum(counts)
-            start = 0
-            for output, count in zip(node.output, counts, strict=True):
-                made[output] = whole.cut(start * rows, count * rows)
-                start += count
-        elif (product := _product(node.input, initializers)) is not None:
-            made[node.output[0]] = product
-    return made
+            values[node.output[0]] = _constant(node)
+        elif node.op_type == "Split" and isinstance(read[0], _Rows) and isinstance(read[1], np.ndarray):
+            _split(node, read[0], read[1].tolist(), values)
+        elif (rows := _rows(node.op_type, read)) is not None:
+            values[node.output[0]] = rows
 
 
-def _product(inputs: Collection[str], initializers: dict[str, onnx.TensorProto]) -> _Rows | None:
-    """Of (x, weight) or (x, weight, bias), with both in the file; else None."""
-    x, *weights = inputs or [""]
-    if not 1 <= len(weights) <= 2 or not all(weight in initializers for weight in weights):
+def _split(node: onnx.NodeProto, whole: _Rows, counts: list[int], values: dict[str, _Known]) -> None:
+    rows = whole.count // sum(counts)
+    start = 0
+    for output, count in zip(node.output, counts, strict=True):
+        values[output] = whole.cut(start * rows, count * rows)
+        start += count
+
+
+def _rows(op: str, read: list[_Known | None]) -> _Rows | None:
+    """What an op makes, if it is rows of a product or of its weights."""
+    first, second = (*read, None, None)[:2]
+    if isinstance(first, _Rows) and op in ("Reshape", "Unsqueeze", "Transpose"):
+        return first
+    if isinstance(first, _Span) and op == "Transpose":
+        return _Rows(None, ()).using(first, "weight")
+    if isinstance(first, _Span) and isinstance(second, _Span) and op == "DequantizeLinear":
+        return _Rows(None, ()).using(first, "weight").using(second, "scale")
+    if isinstance(first, str) and isinstance(second, _Rows) and op == "MatMul":
+        return replace(second, x=first)
+    if isinstance(first, str) and op == "Gemm" and all(isinstance(value, _Span) for value in read[1:]):
+        rows = _Rows(first, ())
+        for value, use in zip(read[1:], ("weight", "added"), strict=False):
+            assert isinstance(value, _Span)
+            rows = rows.using(value, use)
+        return rows
+    uses = {"Mul": "multiplied", "Add": "added"}
+    if isinstance(first, _Rows) and isinstance(second, _Span) and op in uses:
+        return first.using(second, uses[op])
+    return None
+
+
+def _span(tensor: onnx.TensorProto) -> _Span | None:
+    external = {entry.key: entry.value for entry in tensor.external_data}
+    if "length" not in external:
         return None
-    spans, row_bytes = [], []
-    for tensor in (initializers[weight] for weight in weights):
-        external = {entry.key: entry.value for entry in tensor.external_data}
-        if "length" not in external:
-            return None
-        begin, length = int(external.get("offset", 0)), int(external["length"])
-        spans.append((begin, begin + length))
-        row_bytes.append(length // tensor.dims[0])
-    return _Rows(x, tuple(spans), tuple(row_bytes))
+    begin, length = int(external.get("offset", 0)), int(external["length"])
+    return _Span("", begin, begin + length, length // tensor.dims[0] if tensor.dims else 0)
 
 
 def _constant(node: onnx.NodeProto) -> np.ndarray:
     attribute = node.attribute[0]
-    return np.array(attribute.ints) if attribute.name == "value_ints" else numpy_helper.to_array(attribute.t)
+    if attribute.name == "value":
+        return numpy_helper.to_array(attribute.t)
+    return np.array(onnx.helper.get_attribute_value(attribute))

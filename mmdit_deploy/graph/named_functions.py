@@ -14,6 +14,8 @@ import onnx.parser
 import onnx_ir as ir
 
 DOMAIN = "mmdit"
+# Metadata of a function: inputs that are the same numbers in every call of it, and of others that are like it.
+SHARED = "mmdit.shared"
 
 # What each computes, in ONNX's own textual form. Nodes have names, because engines name their kernels after them.
 _DEFINITIONS = {
@@ -40,8 +42,51 @@ _DEFINITIONS = {
         [added] out = Add(x, gated)
     }""",
 }
+
+
+def _fp8_attention(mask: str = "") -> str:
+    """Attention with everything that its products read in E4M3: Q as it is scaled, and the softmax in steps of 1/448.
+
+    Spelled out, because TensorRT fuses it so and only so. Tokens are [B, N, H·D]; `heads` is [0, 0, H, D], `joined`
+    [0, 0, H·D] and `scale` 1/√D.
+    """
+    inputs = ", ".join(["q", "k", "v", *([mask] if mask else []), "q_scale", "k_scale", "v_scale"])
+    lines = [
+        "[heads] heads = Constant <value_ints: ints = @heads> ()",
+        "[joined] joined = Constant <value_ints: ints = @joined> ()",
+        "[root] root = Constant <value_float: float = @scale> ()",
+        "[root_like] root_like = CastLike(root, q)",
+        "[share] share = Constant <value_float = 0.00223214286> ()",
+        "[share_like] share_like = CastLike(share, q)",
+        *(f"[{x}_heads] {x}_heads = Reshape({x}, heads)" for x in "qkv"),
+        *(f"[{x}_by_head] {x}_by_head = Transpose <perm = [0, 2, 1, 3]> ({x}_heads)" for x in "qkv"),
+        "[q_scaled] q_scaled = Mul(q_by_head, root_like)",
+        *_through_fp8("q_scaled", "q_scale", "q_fp8"),
+        *_through_fp8("k_by_head", "k_scale", "k_fp8"),
+        *_through_fp8("v_by_head", "v_scale", "v_fp8"),
+        "[k_turned] k_turned = Transpose <perm = [0, 1, 3, 2]> (k_fp8)",
+        "[scores] scores = MatMul(q_fp8, k_turned)",
+        *([f"[masked] masked = Add(scores, {mask})"] if mask else []),
+        f"[softmax] shares = Softmax <axis = -1> ({'masked' if mask else 'scores'})",
+        *_through_fp8("shares", "share_like", "shares_fp8"),
+        "[attended] attended = MatMul(shares_fp8, v_fp8)",
+        "[by_token] by_token = Transpose <perm = [0, 2, 1, 3]> (attended)",
+        "[tokens] y = Reshape(by_token, joined)",
+    ]
+    return f"<heads, joined, scale>({inputs}) => (y) {{\n" + "\n".join(lines) + "\n}"
+
+
+def _through_fp8(x: str, scale: str, out: str) -> tuple[str, str]:
+    return (
+        f"[{out}_quantize] {out}_coded = QuantizeLinear <output_dtype = 17> ({x}, {scale})",
+        f"[{out}_dequantize] {out} = DequantizeLinear({out}_coded, {scale})",
+    )
+
+
+_DEFINITIONS |= {"MMDiTFP8Attention": _fp8_attention(), "MMDiTFP8MaskedAttention": _fp8_attention("mask")}
 NAMED_FUNCTIONS = tuple(_DEFINITIONS)
-SILU, SWIGLU, MODULATE, GATED_RESIDUAL = NAMED_FUNCTIONS
+SILU, SWIGLU, MODULATE, GATED_RESIDUAL, FP8_ATTENTION, FP8_MASKED_ATTENTION = NAMED_FUNCTIONS
+FP8_ATTENTIONS = (FP8_ATTENTION, FP8_MASKED_ATTENTION)
 
 _Scope = ir.Graph | ir.Function
 _Key = tuple[str, str, str]  # domain, name and overload of a function

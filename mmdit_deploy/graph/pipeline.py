@@ -19,7 +19,9 @@ from mmdit_deploy.graph.census import check_census, implied, implied_lowered
 from mmdit_deploy.graph.fuse import FUSE
 from mmdit_deploy.graph.lower import lower
 from mmdit_deploy.graph.passes import PassResult, run
+from mmdit_deploy.graph.precision.apply import apply_plan
 from mmdit_deploy.model import calls
+from mmdit_deploy.precision import PrecisionPlan
 from mmdit_deploy.spec import ModelSpec, Precision
 
 
@@ -57,6 +59,7 @@ def build_graphs(
     dialects: Sequence[str],
     outputs: Sequence[str] = (),
     location: str = "weights.safetensors",
+    plan: PrecisionPlan | None = None,
 ) -> Graphs:
     """Build a bundle's graphs.
 
@@ -66,9 +69,11 @@ def build_graphs(
             one is always made.
         outputs: names of block outputs to expose, e.g. ``blocks.12``.
         location: the weights file's name, beside the graphs.
+        plan: what is quantized or stays in fp32; everything is in the compute type without one. `layout` is then that
+            of `mmdit_deploy.precision.weights.planned_layout`.
 
     Raises:
-        GraphError: a fusion that should fire did not, or a pass failed.
+        GraphError: a fusion that should fire did not, or a pass failed; or the plan is of another model.
     """
     dtype = getattr(torch, precision.dtype)
     chain = calls(spec, outputs)
@@ -81,11 +86,14 @@ def build_graphs(
     clock.append(time.perf_counter())
     passes = {"standard": run(model, FUSE)}
     census = check_census(model, implied(spec), "standard")
+    if plan is not None and not plan.plain:
+        passes["standard"] += (PassResult("precision plan", apply_plan(model, plan, layout, location=location)),)
+        census = check_census(model, implied(spec, plan), "standard")
     clock.append(time.perf_counter())
     lowered = {}
     for dialect in [d for d in dict.fromkeys(dialects) if d != "standard"]:
         lowered[dialect], passes[dialect] = lower(model, dialect)
-        check_census(lowered[dialect], implied_lowered(spec, dialect), dialect)
+        check_census(lowered[dialect], implied_lowered(spec, dialect, plan), dialect)
     standard = ir.to_proto(model)
     protos = {dialect: ir.to_proto(graph) for dialect, graph in lowered.items()}
     clock.append(time.perf_counter())

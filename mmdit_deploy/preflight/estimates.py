@@ -9,20 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-import torch
-
 from mmdit_deploy.build import Target
 from mmdit_deploy.checkpoint.keys import parameters
-from mmdit_deploy.checkpoint.weights import weights_layout
 from mmdit_deploy.contract import Contract
 from mmdit_deploy.model import calls
 from mmdit_deploy.model.partition import call_bytes, partition
+from mmdit_deploy.precision import PrecisionPlan
+from mmdit_deploy.precision.weights import planned_call_bytes, planned_layout
 from mmdit_deploy.preflight.plan import Plan, Stage, gb
 from mmdit_deploy.runtime.memory import available_memory
 from mmdit_deploy.spec import PRECISIONS, ModelSpec, Precision
 from mmdit_deploy.verify.cases import default_cases
-from mmdit_deploy.verify.engine import ORT_CPU_MEMORY_FACTOR
 from mmdit_deploy.verify.records import Case
+from mmdit_deploy.verify.whole import ORT_CPU_MEMORY_FACTOR
 
 # Times were measured on 2 cores of an AMD EPYC without a GPU, one job at a time: they say minutes or hours, no more.
 
@@ -72,6 +71,8 @@ def make_plan(
     targets: Sequence[Target],
     *,
     from_checkpoint: bool,
+    quantized: PrecisionPlan | None = None,
+    calibrated: bool = False,
     merged: bool = False,
     segments: int | None = None,
     verify: bool = True,
@@ -83,6 +84,8 @@ def make_plan(
 
     Args:
         from_checkpoint: weights are read; else they are made up.
+        quantized: what is quantized, as `mmdit_deploy.precision.structure` has it; None for nothing.
+        calibrated: the eager model is calibrated first.
         merged: LoRAs are added to the weights, in fp32.
         segments: engines that each TensorRT target is cut into; None for as few as fit comfortably.
         verify, thorough, graph_only: as in an export.
@@ -95,10 +98,11 @@ def make_plan(
     cut = [target for target in targets if target.flavour is not None]
     table = parameters(spec)
     numel = sum(p.numel for p in table)
-    total = weights_layout(spec, getattr(torch, precision.dtype), {"format": "pt"}).total_bytes
+    quantized = quantized or PrecisionPlan(precision)
+    total = planned_layout(spec, quantized, {"format": "pt"}).total_bytes
     stages = [Stage("graph", GRAPH_SECONDS, GRAPH_MEMORY, disk_bytes=GRAPH_DISK)]
     counts: dict[str, int] = {}
-    largest_of = _largest_segment(spec, precision)
+    largest_of = _largest_segment(spec, quantized)
     if not graph_only:
         largest = max(math.prod(part.shape) for p in table for part in p.parts)
         stages.append(
@@ -119,13 +123,13 @@ def make_plan(
             for target in cut:
                 stages.append(_build(target, total, largest_of, count, auto, profiles, memory))
         if verify:
-            stages += _verifications(spec, numel, targets, default_cases(contract, thorough=thorough), memory, thorough)
+            stages += _verifications(spec, numel, targets, default_cases(contract, precision, thorough=thorough), memory, thorough)
     return Plan(numel, total, tuple(stages), counts, memory)
 
 
-def _largest_segment(spec: ModelSpec, precision: Precision) -> Callable[[int], int]:
+def _largest_segment(spec: ModelSpec, plan: PrecisionPlan) -> Callable[[int], int]:
     """Bytes of the largest segment's weights, by the number of segments."""
-    chain, weights = calls(spec), call_bytes(spec, precision)
+    chain, weights = calls(spec), planned_call_bytes(spec, plan)
     return lambda segments: max(sum(weights[p] for p in run) for run in partition(chain, weights, segments))
 
 

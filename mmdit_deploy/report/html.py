@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from mmdit_deploy.atomic import write_whole
-from mmdit_deploy.report.plots import block_plot, output_plot
+from mmdit_deploy.report.plots import block_plot, output_plot, trajectory_plot
 from mmdit_deploy.report.summary import (
     LEVELS,
+    bounds_used,
     by_name,
     counted,
     failing,
+    floor_words,
     heading,
     level_summaries,
     outcome,
@@ -29,13 +31,15 @@ from mmdit_deploy.report.words import (
     duration,
     errors_words,
     figure,
+    image_words,
     machine_words,
     printable,
+    times,
 )
 from mmdit_deploy.verify.records import Check, Level, Verdict
 
 MAX_FAILURES = 10
-BLOCK_LEVELS: tuple[Level, ...] = ("local", "cumulative")
+BLOCK_LEVELS: tuple[Level, ...] = ("local", "nodes", "cumulative")
 
 
 def verdict_html(verdicts: Sequence[Verdict], *, title: str, facts: Mapping[str, str]) -> str:
@@ -91,8 +95,13 @@ def _engine(verdict: Verdict) -> dict[str, Any]:
         "weights": printable(verdict.weights),
         "reference": printable(verdict.reference),
         "machine": printable(machine_words(verdict.machine)),
-        "bounds": bounds(verdict.tolerance),
-        "reason": printable(str(verdict.tolerance.get("reason", ""))),
+        "bounds": [
+            (printable(of), bounds(tolerance), printable(str(tolerance.get("reason", ""))))
+            for of, tolerance in bounds_used(verdict)
+        ],
+        "tolerance_source": printable(verdict.tolerance_source),
+        "noise_floors": [printable(words) for words in floor_words(verdict)],
+        "images": [(printable(c.name), image_words(c.errors)) for c in verdict.checks if c.level == "image"],
         "levels": [
             {
                 "name": s.level,
@@ -103,6 +112,7 @@ def _engine(verdict: Verdict) -> dict[str, Any]:
                 "rel_l2": figure(s.rel_l2),
                 "cosine": cosine_figure(s.cosine),
                 "max_abs": figure(s.max_abs),
+                "times_floor": times(s.times_floor),
                 "name_where": printable(s.where.name),
                 "case_where": case_words(s.where.case),
             }
@@ -118,6 +128,13 @@ def _engine(verdict: Verdict) -> dict[str, Any]:
                     block_plot(verdict),
                 ),
                 ("Error of the outputs by case. Red is out of tolerance.", output_plot(verdict)),
+                *(
+                    (
+                        f"Error of the latent over sampling: {case_words(t.case)}; {printable(t.engine)}.",
+                        trajectory_plot(verdict, t),
+                    )
+                    for t in verdict.trajectories
+                ),
             )
             if svg
         ],
@@ -134,7 +151,7 @@ def _failure(check: Check, cases: int, verdict: Verdict) -> dict[str, str]:
         "name": printable(check.name),
         "case": case_words(check.case),
         "cases": counted(cases, "case"),
-        "why": breaches(check, verdict.tolerance),
+        "why": breaches(check, verdict.tolerance_of(check)),
         "figures": errors_words(check.errors),
     }
 
@@ -159,5 +176,6 @@ def _row(check: Check) -> dict[str, Any]:
         "rel_l2": f"{errors.nonfinite} NaN or Inf" if errors.nonfinite else figure(errors.rel_l2),
         "cosine": cosine_figure(errors.cosine),
         "max_abs": figure(errors.max_abs),
+        "times_floor": times(check.times_floor),
         "out": not check.passed,
     }

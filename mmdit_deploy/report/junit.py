@@ -8,8 +8,8 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 from mmdit_deploy.atomic import write_whole
-from mmdit_deploy.report.summary import by_name, counted, outcome, worst
-from mmdit_deploy.report.words import breaches, errors_words, printable
+from mmdit_deploy.report.summary import by_name, counted, floor_words, most_times_floor, outcome, worst
+from mmdit_deploy.report.words import breaches, errors_words, printable, times
 from mmdit_deploy.verify.records import Check, Verdict
 
 COUNTS = ("tests", "failures", "errors", "skipped")
@@ -74,6 +74,13 @@ def _properties(verdict: Verdict) -> list[tuple[str, str]]:
         ("weights", verdict.weights),
         ("reference", verdict.reference),
         *((f"tolerance.{key}", str(value)) for key, value in verdict.tolerance.items()),
+        ("tolerance.source", verdict.tolerance_source),
+        *(
+            (f"tolerance.{name}.{key}", str(value))
+            for name, bounds in verdict.tolerances.items()
+            for key, value in bounds.items()
+        ),
+        *((f"noise_floor.{i}", words) for i, words in enumerate(floor_words(verdict))),
         *((f"machine.{key}", "none" if value is None else str(value)) for key, value in verdict.machine.items()),
         *((f"executed.{i}", words) for i, words in enumerate(verdict.executed)),
     ]
@@ -88,10 +95,12 @@ def _result(testcase: ET.Element, checks: Sequence[Check], verdict: Verdict) -> 
             testcase,
             "failure",
             type="nonfinite" if check.errors.nonfinite else "tolerance",
-            message=f"{breaches(check, verdict.tolerance)} at {check.case}{of}",
+            message=f"{breaches(check, verdict.tolerance_of(check))} at {check.case}{of}",
         )
         failure.text = "\n".join(f"{c.case}: {errors_words(c.errors)}" for c in failed)
     check = worst(checks)
     out = ET.SubElement(testcase, "system-out")
     bound = "" if check.binding else "; the tolerance does not bind this"
-    out.text = f"worst of {len(checks)}: {errors_words(check.errors)} at {check.case}{bound}"
+    multiple = most_times_floor(checks)
+    floor = "" if multiple is None else f"; at most {times(multiple)} the noise floor"
+    out.text = f"worst of {len(checks)}: {errors_words(check.errors)} at {check.case}{bound}{floor}"

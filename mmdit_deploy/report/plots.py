@@ -1,4 +1,4 @@
-"""The two plots of a verdict: errors by block, and errors of the outputs by case."""
+"""The plots of a verdict: errors by block, of the outputs by case, and of the latent by sampling step."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import re
 from collections.abc import Sequence
 
 from mmdit_deploy.report.svg import Marker, Plot, Point, Series, draw
-from mmdit_deploy.report.words import case_words, errors_words, printable
-from mmdit_deploy.verify.records import Case, Check, Level, Verdict
+from mmdit_deploy.report.words import case_words, errors_words, figure, printable
+from mmdit_deploy.verify.records import Case, Check, Level, Trajectory, Verdict
 
 MARKERS: tuple[Marker, Marker] = ("circle", "diamond")
+FLOOR = "noise floor"
 
 
 def block_plot(verdict: Verdict) -> str:
@@ -49,6 +50,36 @@ def output_plot(verdict: Verdict) -> str:
     )
 
 
+def trajectory_plot(verdict: Verdict, trajectory: Trajectory) -> str:
+    """rel-L2 of the latent by sampling step, with the noise floor's where it was sampled."""
+    bound = verdict.tolerances.get("trajectory", {}).get("max_rel_l2")
+    last = len(trajectory.steps) - 1
+    points, floors = [], []
+    for i, step in enumerate(trajectory.steps):
+        errors = step.errors
+        words = f"step {i + 1}, t={step.timestep:g}: {errors_words(errors)}"
+        out = errors.nonfinite > 0 or (i == last and bound is not None and not errors.rel_l2 <= bound)
+        points.append(Point(i, math.nan if errors.nonfinite else errors.rel_l2, words, out))
+        if step.floor is not None:
+            floors.append(_floor_point(f"step {i + 1}", i, step.floor))
+    series = [Series("engine against eager", "circle", tuple(points))]
+    if floors:
+        series.append(Series(FLOOR, "bar", tuple(floors)))
+    return draw(
+        Plot(
+            title=printable(f"rel-L2 of the latent by sampling step, {verdict.target}"),
+            x_title=printable(f"step ({trajectory.sampler})"),
+            labels=tuple(str(i + 1) for i in range(len(trajectory.steps))),
+            series=tuple(series),
+            bound=None if bound is None else (float(bound), f"tolerance of the last {bound:.12g}"),
+        )
+    )
+
+
+def _floor_point(place_words: str, place: int, floor: float) -> Point:
+    return Point(place, floor, f"{FLOOR} of {place_words}: rel-L2 {figure(floor)}", False)
+
+
 def _plot(
     verdict: Verdict,
     checks: Sequence[Check],
@@ -71,6 +102,14 @@ def _plot(
         if points:
             binding = any(c.binding for c in checks if c.level == level)
             series.append(Series(level if binding else f"{level} (only reported)", marker, points))
+    # Of the first level, which the tolerance binds: what is below its floor is noise.
+    floors = tuple(
+        _floor_point(f"{printable(check.name)}, {case_words(check.case)}", place, check.floor)
+        for check, place in zip(checks, places, strict=True)
+        if check.level == levels[0] and check.floor is not None
+    )
+    if floors:
+        series.append(Series(FLOOR, "bar", floors))
     bound = verdict.tolerance.get("max_rel_l2")
     return draw(
         Plot(

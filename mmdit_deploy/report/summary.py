@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from mmdit_deploy.report.words import figure, times
 from mmdit_deploy.verify.records import Check, Level, Verdict
 
 Outcome = Literal["PASS", "FAIL", "NOT EXECUTED", "NOT VERIFIED"]
 
 LEVELS: dict[Level, str] = {
     "local": "each block alone, on equal inputs",
+    "nodes": "each operator alone, on the engine's own values",
     "cumulative": "each side's own chain, up to this block",
     "output": "the chain's final output",
     "engine": "the whole engine in one run",
+    "trajectory": "the latent after each sampling step, each side's own",
+    "image": "what the last latent becomes",
 }
+# What decides how good an engine is: the noise floor is told for the first of these that was checked.
+RESULTS: tuple[Level, ...] = ("engine", "output")
 
 
 def outcome(verdict: Verdict) -> Outcome:
@@ -106,6 +112,7 @@ class LevelSummary:
         cosine: the least; NaN if any is.
         max_abs: the largest; NaN if any is.
         where: the check with the largest rel-L2.
+        times_floor: the largest multiple of the noise floor; None where none is known.
     """
 
     level: Level
@@ -116,6 +123,7 @@ class LevelSummary:
     cosine: float
     max_abs: float
     where: Check
+    times_floor: float | None = None
 
 
 def level_summaries(verdict: Verdict) -> list[LevelSummary]:
@@ -134,9 +142,38 @@ def level_summaries(verdict: Verdict) -> list[LevelSummary]:
                     cosine=min((c.errors.cosine for c in checks), key=_nan_is_least),
                     max_abs=max((c.errors.max_abs for c in checks), key=_nan_is_worst),
                     where=worst(checks),
+                    times_floor=most_times_floor(checks),
                 )
             )
     return summaries
+
+
+def most_times_floor(checks: Iterable[Check]) -> float | None:
+    """The largest multiple of the noise floor; None where none is known."""
+    return max((c.times_floor for c in checks if c.times_floor is not None), key=_nan_is_worst, default=None)
+
+
+def floor_words(verdict: Verdict) -> list[str]:
+    """Every noise floor in a sentence, the first with the engine's error as a multiple of it."""
+    sentences = []
+    for i, floor in enumerate(verdict.noise_floors):
+        sentence = f"{floor.what}: rel-L2 {figure(floor.output)} at the output, worst of {counted(floor.cases, 'case')}"
+        if math.isnan(floor.output):
+            sentence = f"{floor.what}: NaN or Inf at the output"
+        level = next((name for name in RESULTS if any(c.level == name for c in verdict.checks)), None)
+        multiple = most_times_floor(c for c in verdict.checks if c.level == level)
+        if i == 0 and multiple is not None:
+            sentence += f"; the engine's error is at most {times(multiple)} that"
+        sentences.append(sentence)
+    return sentences
+
+
+def bounds_used(verdict: Verdict) -> list[tuple[str, Mapping[str, Any]]]:
+    """The tolerances that bind a check of a verdict, its own first: what each is for, and its bounds."""
+    used = dict.fromkeys(c.bound_by for c in verdict.checks if c.binding and c.bound_by is not None)
+    words = {"trajectory": "the last latent", "image": "the image"}
+    named = [(words.get(name, f"calls in {name}"), verdict.tolerances[name]) for name in used]
+    return [("", verdict.tolerance), *named]
 
 
 def failing(verdict: Verdict) -> list[tuple[Check, int]]:

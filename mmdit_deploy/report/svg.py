@@ -14,7 +14,7 @@ from xml.etree import ElementTree as ET
 WIDTH, LEFT, RIGHT, TOP, HEIGHT = 920, 58, 14, 34, 250
 BAND = 22  # the strips for what a logarithm cannot show: above for NaN and Inf, below for exact zeros
 CHAR = 6.3  # width of a digit at the size of the tick labels, on average
-Marker = Literal["circle", "diamond"]
+Marker = Literal["circle", "diamond", "bar"]
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -117,8 +117,8 @@ def _legend(svg: ET.Element, plot: Plot) -> None:
     _text(svg, "label", LEFT - 8, 14, "rel-L2", anchor="end")
     x = float(LEFT)
     for i, series in enumerate(plot.series):
-        _line(svg, f"trace series-{i}", x, 10, x + 24, 10)
-        _marker(svg, series.marker, x + 12, 10, f"series-{i}", 3.6)
+        _line(svg, f"trace {_style(series, i)}", x, 10, x + 24, 10)
+        _marker(svg, series.marker, x + 12, 10, _style(series, i), 3.6)
         _text(svg, "label", x + 30, 14, series.label, anchor="start")
         x += 52 + CHAR * len(series.label)
     if plot.bound:
@@ -194,7 +194,7 @@ def _mark(svg: ET.Element, scale: _Scale, place: int, words: str) -> None:
 
 
 def _series(svg: ET.Element, scale: _Scale, series: Series, index: int, breaks: Set[int]) -> None:
-    group = ET.SubElement(svg, "g", {"class": f"series-{index}"})
+    group = ET.SubElement(svg, "g", {"class": _style(series, index)})
     for run in _runs(series.points, breaks):
         points = " ".join(f"{scale.x(x):.1f},{scale.y(value):.1f}" for x, value in run)
         ET.SubElement(group, "polyline", {"class": "trace", "points": points})
@@ -224,6 +224,11 @@ def _runs(points: Sequence[Point], breaks: Set[int]) -> list[list[tuple[int, flo
     return [run for run in runs if len(run) > 1]
 
 
+def _style(series: Series, index: int) -> str:
+    """What colours it: bars are a background to the others."""
+    return "series-floor" if series.marker == "bar" else f"series-{index}"
+
+
 def _marker(parent: ET.Element, marker: str, x: float, y: float, style: str, size: float) -> ET.Element:
     style = f"dot {style}".strip()
     if marker == "circle":
@@ -233,6 +238,9 @@ def _marker(parent: ET.Element, marker: str, x: float, y: float, style: str, siz
         s = size * 1.3
         path = f"M{x:.1f} {y - s:.1f}l{s:.1f} {s:.1f}l{-s:.1f} {s:.1f}l{-s:.1f} {-s:.1f}z"
         return ET.SubElement(parent, "path", {"class": f"{style} hollow", "d": path})
+    if marker == "bar":
+        box = {"x": x - 2 * size, "y": y - size / 2, "width": 4 * size, "height": size}
+        return ET.SubElement(parent, "rect", {"class": style, **{name: f"{value:.1f}" for name, value in box.items()}})
     s = size * 1.2
     path = f"M{x - s:.1f} {y - s:.1f}l{2 * s:.1f} {2 * s:.1f}m0 {-2 * s:.1f}l{-2 * s:.1f} {2 * s:.1f}"
     return ET.SubElement(parent, "path", {"class": f"{style} cross", "d": path})

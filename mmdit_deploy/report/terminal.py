@@ -5,8 +5,18 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from mmdit_deploy.report.summary import counted, failing, level_summaries, outcome
-from mmdit_deploy.report.words import bounds, breaches, case_words, cosine_figure, duration, figure, printable
+from mmdit_deploy.report.summary import bounds_used, counted, failing, floor_words, level_summaries, outcome
+from mmdit_deploy.report.words import (
+    bounds,
+    breaches,
+    case_words,
+    cosine_figure,
+    duration,
+    figure,
+    image_words,
+    printable,
+    times,
+)
 from mmdit_deploy.verify.records import Check, Verdict
 
 WIDTH = 110
@@ -27,10 +37,11 @@ def verdict_text(verdict: Verdict) -> str:
         _headline(verdict),
         *_entry("weights", verdict.weights),
         *_entry("reference", verdict.reference),
-        *_entry("tolerance", _tolerance(verdict)),
+        *(line for words in _tolerances(verdict) for line in _entry("tolerance", words)),
+        *(line for words in floor_words(verdict) for line in _entry("noise floor", words)),
     ]
     if verdict.checks:
-        lines += ["", *_table(verdict)]
+        lines += ["", *_table(verdict), *_images(verdict)]
     if verdict.first_failure is not None:
         lines += ["", *_failures(verdict)]
     lines += ["", *_list("executed", verdict.executed, "nothing")]
@@ -52,13 +63,22 @@ def _headline(verdict: Verdict) -> str:
     return line
 
 
-def _tolerance(verdict: Verdict) -> str:
-    reason = verdict.tolerance.get("reason")
-    return bounds(verdict.tolerance) + (f" ({reason})" if reason else "")
+def _tolerances(verdict: Verdict) -> list[str]:
+    lines = []
+    for of, tolerance in bounds_used(verdict):
+        reason = tolerance.get("reason")
+        lines.append((f"{of}: " if of else "") + bounds(tolerance) + (f" ({reason})" if reason else ""))
+    return lines
+
+
+def _images(verdict: Verdict) -> list[str]:
+    return [f"  {check.name}: {image_words(check.errors)}" for check in verdict.checks if check.level == "image"]
 
 
 def _table(verdict: Verdict) -> list[str]:
-    rows = [("level", "checks", "out", "rel-L2", "cosine", "max-abs", "where rel-L2 is worst")]
+    rows: list[tuple[str, ...]] = [
+        ("level", "checks", "out", "rel-L2", "cosine", "max-abs", "× floor", "where rel-L2 is worst")
+    ]
     summaries = level_summaries(verdict)
     for s in summaries:
         rows.append(
@@ -69,12 +89,16 @@ def _table(verdict: Verdict) -> list[str]:
                 figure(s.rel_l2),
                 cosine_figure(s.cosine),
                 figure(s.max_abs),
+                times(s.times_floor),
                 _where(s.where),
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(6)]
+    if all(s.times_floor is None for s in summaries):
+        rows = [(*row[:6], row[7]) for row in rows]
+    last = len(rows[0]) - 1
+    widths = [max(len(row[i]) for row in rows) for i in range(last)]
     lines = [
-        "  ".join(["", row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 6)), row[6]])
+        "  ".join(["", row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, last)), row[last]])
         for row in rows
     ]
     if not all(s.binding for s in summaries):
@@ -94,7 +118,7 @@ def _failures(verdict: Verdict) -> list[str]:
             lines.append("then, each in its worst case:")
         several = f", out in {cases} cases" if cases > 1 else ""
         lines.append(f"  {check.level} {_where(check)}{several}")
-        lines.append(f"    {breaches(check, verdict.tolerance)}")
+        lines.append(f"    {breaches(check, verdict.tolerance_of(check))}")
         # The first one is what gets debugged: it deserves all its figures.
         if i == 0 and not check.errors.nonfinite:
             lines[-1] += f"; max-abs {figure(check.errors.max_abs)}"

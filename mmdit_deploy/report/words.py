@@ -9,7 +9,14 @@ from typing import Any
 
 from mmdit_deploy.verify.records import Case, Check, Errors
 
-METRICS = {"rel_l2": "rel-L2", "cosine": "cosine", "max_abs": "max-abs"}
+METRICS = {
+    "rel_l2": "rel-L2",
+    "cosine": "cosine",
+    "max_abs": "max-abs",
+    "psnr": "PSNR",
+    "ssim": "SSIM",
+    "lpips": "LPIPS",
+}
 
 
 def printable(text: str) -> str:
@@ -48,7 +55,26 @@ def errors_words(errors: Errors) -> str:
     if errors.nonfinite:
         return f"{errors.nonfinite} values are NaN or Inf"
     cosine, max_abs = cosine_figure(errors.cosine), figure(errors.max_abs)
-    return f"rel-L2 {figure(errors.rel_l2)}, cosine {cosine}, max-abs {max_abs}"
+    words = f"rel-L2 {figure(errors.rel_l2)}, cosine {cosine}, max-abs {max_abs}"
+    image = image_words(errors)
+    return f"{image}; {words}" if image else words
+
+
+def image_words(errors: Errors) -> str:
+    """What is measured of images alone: ``PSNR 41.2 dB, SSIM 0.9912``; empty of what is none."""
+    measured = {name: getattr(errors, name) for name in ("psnr", "ssim", "lpips")}
+    return ", ".join(
+        f"{METRICS[name]} {_written(name, value)}" for name, value in measured.items() if value is not None
+    )
+
+
+def times(multiple: float | None) -> str:
+    """A multiple of the noise floor: ``1.3 ×``; a dash where it is not known."""
+    if multiple is None:
+        return "–"
+    if not math.isfinite(multiple):
+        return figure(multiple)
+    return f"{multiple:.0f} ×" if multiple >= 99.5 else f"{multiple:.2g} ×"
 
 
 def case_words(case: Case) -> str:
@@ -81,11 +107,11 @@ def breaches(check: Check, tolerance: Mapping[str, Any]) -> str:
     broken = []
     for side, metric, bound in _sides(tolerance) if check.binding else ():
         value = getattr(errors, metric)
-        kept = value >= bound if side == "min" else value <= bound
-        if not kept:
-            written = cosine_figure(value) if metric == "cosine" else figure(value)
+        if value is None:
+            broken.append(f"{METRICS[metric]} was not measured, bound {bound:.12g}")
+        elif not (value >= bound if side == "min" else value <= bound):
             relation = "is not a number, bound" if math.isnan(value) else "<" if side == "min" else ">"
-            broken.append(f"{METRICS[metric]} {written} {relation} {bound:.12g}")
+            broken.append(f"{METRICS[metric]} {_written(metric, value)} {relation} {bound:.12g}")
     return "; ".join(broken) or errors_words(errors)
 
 
@@ -100,6 +126,14 @@ def machine_words(machine: Mapping[str, Any]) -> str:
         tuple(f"{name} {version}" for name, version in fields.items()),
     )
     return "; ".join(", ".join(str(part) for part in group if part) for group in groups if any(group))
+
+
+def _written(metric: str, value: float) -> str:
+    if metric == "cosine":
+        return cosine_figure(value)
+    if not math.isfinite(value) or metric in ("rel_l2", "max_abs"):
+        return figure(value)
+    return f"{value:.1f} dB" if metric == "psnr" else f"{value:.4f}"
 
 
 def _sides(tolerance: Mapping[str, Any]) -> list[tuple[str, str, float]]:

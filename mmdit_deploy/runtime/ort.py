@@ -114,6 +114,9 @@ def open_session(
     provider = parsed.provider
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    # Q/DQ are to be computed as they are written: what ONNX Runtime makes of them on CPU fails to load with FP8, and
+    # for INT4 weights rounds the input to INT8, which nobody planned.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     if weights_folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights_folder))
     provider_options: dict[str, str] = {}
@@ -178,18 +181,7 @@ def run_session(
     """
     binding = session.io_binding()
     device = next(iter(inputs.values())).device
-    held = []  # contiguous copies must outlive the run
-    for name, tensor in inputs.items():
-        contiguous = tensor.contiguous()
-        held.append(contiguous)
-        binding.bind_input(
-            name,
-            tensor.device.type,
-            tensor.device.index or 0,
-            _ONNX_TYPE[tensor.dtype],
-            list(tensor.shape),
-            contiguous.data_ptr(),
-        )
+    held = _bind_inputs(binding, inputs)
     results = {}
     for name, dtype, shape in outputs:
         given = (into or {}).get(name)
@@ -202,7 +194,50 @@ def run_session(
             torch.cuda.current_stream(used).synchronize()  # ONNX Runtime has a stream of its own
     session.run_with_iobinding(binding)
     binding.synchronize_outputs()
+    del held
     return results
+
+
+def run_for(
+    session: onnxruntime.InferenceSession, inputs: Mapping[str, Tensor], names: Sequence[str]
+) -> dict[str, Tensor]:
+    """Run once for outputs whose sizes are not known beforehand.
+
+    Args:
+        inputs: by the session's names.
+        names: outputs wanted; none in bf16, which numpy does not have.
+
+    Returns:
+        The outputs by name, on the CPU.
+    """
+    binding = session.io_binding()
+    held = _bind_inputs(binding, inputs)
+    for name in names:
+        binding.bind_output(name, "cpu")
+    session.run_with_iobinding(binding)
+    del held
+    return {name: torch.from_numpy(v.numpy()) for name, v in zip(names, binding.get_outputs(), strict=True)}
+
+
+def _bind_inputs(binding: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """Bind the tensors' own memory.
+
+    Returns:
+        What must outlive the run: contiguous copies, where a tensor was none.
+    """
+    held = []
+    for name, tensor in inputs.items():
+        contiguous = tensor.contiguous()
+        held.append(contiguous)
+        binding.bind_input(
+            name,
+            tensor.device.type,
+            tensor.device.index or 0,
+            _ONNX_TYPE[tensor.dtype],
+            list(tensor.shape),
+            contiguous.data_ptr(),
+        )
+    return held
 
 
 class OrtRunner:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from mmdit_deploy.checkpoint import random_tensor
 from mmdit_deploy.contract import AXES, Contract, Profile, Range
+from mmdit_deploy.eager.inputs import model_inputs, with_reference
 from mmdit_deploy.errors import UsageError
-from mmdit_deploy.families import family_of, position_ids
 from mmdit_deploy.runtime.tensorrt import choose_profile
-from mmdit_deploy.spec import ModelSpec
+from mmdit_deploy.spec import ModelSpec, Precision
 from mmdit_deploy.verify.records import Case
 
 Shape = tuple[int, int, int, int]  # batch, rows, cols, text tokens
@@ -26,15 +26,22 @@ SMALL_SHAPE: Shape = (1, 16, 17, 32)  # for a profile that is given none of thes
 MIDDLE = 500.25
 # Both ends of the schedule, where few and where many wavelengths of the embedding matter, and a fractional middle.
 TIMESTEPS = (999.0, MIDDLE, 3.0)
-GUIDANCE = 3.5  # of the first image, as FLUX.1-dev is used
+# How far a quantized model is off changes over the schedule: what its activations are is what its scales were made for.
+QUANTIZED_TIMESTEPS = (999.0, 900.0, 750.5, 625.0, MIDDLE, 333.0, 100.5, 3.0)
 INPUT_SEED = 20_240_305  # of the inputs alone; weights have their own
 
 
-def default_cases(contract: Contract, *, thorough: bool = False) -> tuple[Case, ...]:
+def default_cases(
+    contract: Contract, precision: Precision | None = None, *, thorough: bool = False
+) -> tuple[Case, ...]:
     """Every shape at every timestep, each moved into the profile that is nearest to it.
 
     A profile that has none by then gets one case of its own: each is another plan of a TensorRT engine, with kernels of
     its own.
+
+    Args:
+        precision: of a quantized one, each shape is run at eight timesteps in place of three.
+        thorough: more and larger shapes.
 
     Raises:
         UsageError: no image that the model has positions for has as many tokens as a profile says.
@@ -43,40 +50,27 @@ def default_cases(contract: Contract, *, thorough: bool = False) -> tuple[Case, 
     shapes = tuple(dict.fromkeys(_nearest(shape, contract) for shape in wanted))
     run = {_chosen(shape, contract.profiles) for shape in shapes}
     own = [_own_shape(index, contract) for index in range(len(contract.profiles)) if index not in run]
+    timesteps = QUANTIZED_TIMESTEPS if precision is not None and precision.quantized else TIMESTEPS
     return (
-        *(Case(*shape, timestep=t) for shape in shapes for t in TIMESTEPS),
+        *(Case(*shape, timestep=t) for shape in shapes for t in timesteps),
         *(Case(*shape, timestep=MIDDLE) for shape in dict.fromkeys(own) if shape not in shapes),
     )
 
 
-def case_inputs(case: Case, contract: Contract, spec: ModelSpec) -> dict[str, Tensor]:
+def case_inputs(case: Case, contract: Contract, spec: ModelSpec, *, seed: int = INPUT_SEED) -> dict[str, Tensor]:
     """The contract's inputs for a case: standard-normal-like features, the same on any machine.
 
     Rounded to the I/O type, so that engine and reference get equal inputs. Timesteps and guidance differ over the
     batch, a mask has holes, and of a model that takes reference images the lower half is one.
     """
-    sizes = {"batch": case.batch, "img_tokens": case.img_tokens, "txt_tokens": case.txt_tokens}
-    lower = case.rows // 2 if family_of(spec).references else 0
-    images = [(case.rows - lower, case.cols), *([(lower, case.cols)] if lower else [])]
-    img_ids, txt_ids = position_ids(spec, images, case.txt_tokens)
-    order = torch.arange(case.batch)
-    known = {
-        "img_ids": torch.from_numpy(img_ids),
-        "txt_ids": torch.from_numpy(txt_ids),
-        "timestep": (case.timestep - order).clamp(min=0.0) / spec.time_scale,
-        "guidance": GUIDANCE + order,
-    }
-    inputs = {}
-    for tensor in contract.inputs:
-        shape, dtype = tensor.shape(sizes), getattr(torch, tensor.dtype)
-        if tensor.name in known:
-            inputs[tensor.name] = known[tensor.name].to(dtype)
-        else:
-            # Keyed by shape, not by timestep: one latent is looked at over the whole schedule.
-            key = f"{tensor.name} {list(shape)} {case.rows}x{case.cols}"
-            values = random_tensor(INPUT_SEED, key, shape, std=1.0)
-            inputs[tensor.name] = values > -1 if dtype == torch.bool else values.to(dtype)
-    return inputs
+
+    def draw(name: str, shape: tuple[int, ...]) -> Tensor:
+        # Keyed by shape, not by timestep: one latent is looked at over the whole schedule.
+        return random_tensor(seed, f"{name} {list(shape)} {case.rows}x{case.cols}", shape, std=1.0)
+
+    images = with_reference(spec, case.rows, case.cols)
+    timestep = (case.timestep - torch.arange(case.batch)).clamp(min=0.0)
+    return model_inputs(contract, spec, case.batch, images, case.txt_tokens, timestep, draw)
 
 
 def fit_grid(rows: int, cols: int, least: int, most: int, max_side: int | None = None) -> tuple[int, int]:

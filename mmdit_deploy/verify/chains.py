@@ -28,21 +28,39 @@ class EngineCalls:
     def __init__(self, graph: onnx.ModelProto, folder: Path, target: str, dtype: torch.dtype):
         self._graph, self._folder, self._target, self._dtype = graph, folder, target, dtype
 
-    def load(self, call: Call) -> _EngineCall:
+    def load(self, call: Call) -> EngineCall:
+        """The call with its weights in memory."""
         part = extract_call(self._graph, call.path)
         session = open_session(part.SerializeToString(), self._target, weights_folder=self._folder)
-        return _EngineCall(session, call, self._dtype)
+        return EngineCall(session, call, self._dtype)
 
 
-class _EngineCall:
+class EngineCall:
+    """One call of a graph, loaded.
+
+    Its session says which type each activation has: the compute type, the contract's fp32, or fp32 in its place where
+    the precision plan keeps a value wide, or where a graph emulates bf16.
+    """
+
     def __init__(self, session: object, call: Call, dtype: torch.dtype):
         self._session, self._call, self._dtype = session, call, dtype
-        # An emulated graph carries activations in fp32 between calls, whatever the compute type.
-        self._inputs = [(i.name, _TORCH[i.type]) for i in session.get_inputs()]  # type: ignore[attr-defined]
-        self._outputs = [(o.name, _TORCH[o.type]) for o in session.get_outputs()]  # type: ignore[attr-defined]
+        self._inputs = [(i.name, TORCH_TYPES[i.type]) for i in session.get_inputs()]  # type: ignore[attr-defined]
+        self._outputs = [(o.name, TORCH_TYPES[o.type]) for o in session.get_outputs()]  # type: ignore[attr-defined]
+
+    def rounded(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Exact activations as the engine can have them; what it keeps in fp32 stays as it is.
+
+        fp32 may stand for bf16 in a graph that emulates it: there, values are rounded to it all the same. Nothing
+        overflows by that.
+        """
+        made = []
+        for (_, dtype), tensor, spec in zip(self._inputs, inputs, self._call.kind.inputs, strict=True):
+            emulated = spec.dtype == "compute" and self._dtype == torch.bfloat16
+            made.append(tensor.to(self._dtype if emulated else dtype))
+        return made
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Inputs in the compute type (or the contract's fp32), outputs in the compute type."""
+        """Activations in, activations out; what comes out is as wide as the graph hands it on."""
         fed = {name: t.to(dtype) for (name, dtype), t in zip(self._inputs, inputs, strict=True)}
         sizes = axis_sizes(self._call.kind.inputs, inputs)
         outputs = [
@@ -50,10 +68,10 @@ class _EngineCall:
             for (name, dtype), t in zip(self._outputs, self._call.kind.outputs, strict=True)
         ]
         results = run_session(self._session, fed, outputs)
-        return tuple(results[name].to(self._dtype) for name, _ in self._outputs)
+        return tuple(results[name] for name, _ in self._outputs)
 
 
-_TORCH = {
+TORCH_TYPES = {
     "tensor(float)": torch.float32,
     "tensor(float16)": torch.float16,
     "tensor(bfloat16)": torch.bfloat16,

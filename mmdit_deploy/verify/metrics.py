@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from mmdit_deploy.verify.records import Errors
-from mmdit_deploy.verify.tolerances import Tolerance
+from mmdit_deploy.verify.tolerances import ImageTolerance, Tolerance, bounds_of
 
 
 def compare(received: Tensor, reference: Tensor) -> Errors:
@@ -34,6 +34,17 @@ def compare(received: Tensor, reference: Tensor) -> Errors:
     return Errors(cosine, float(difference / norm_b), float((a - b).abs().max()))
 
 
-def within(errors: Errors, tolerance: Tolerance) -> bool:
-    """Whether the figures keep both bounds, and all values are finite. NaN is never within."""
-    return errors.nonfinite == 0 and errors.cosine >= tolerance.min_cosine and errors.rel_l2 <= tolerance.max_rel_l2
+def within(errors: Errors, tolerance: Tolerance | ImageTolerance) -> bool:
+    """Whether the figures keep all bounds, and all values are finite.
+
+    What is NaN, or has a bound and was not measured, is never within.
+    """
+    return errors.nonfinite == 0 and all(_keeps(errors, key, bound) for key, bound in bounds_of(tolerance).items())
+
+
+def _keeps(errors: Errors, key: str, bound: float) -> bool:
+    side, _, figure = key.partition("_")
+    value: float | None = getattr(errors, figure)
+    if value is None:
+        return False
+    return value >= bound if side == "min" else value <= bound

@@ -3,6 +3,7 @@
 It holds the inputs of each case, the conditioning vector and the final output whole, and of every other call's
 outputs a digest: elements spread over it. A few hundred kB stand for gigabytes of activations, and an error in a
 block moves its digest. Very large inputs (a ControlNet's residuals) are left out: they are made again, from the seed.
+The noise floor, where it was measured, is in the header.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from mmdit_deploy.checkpoint import SafetensorsFile, plan_layout, write_safetensors
 from mmdit_deploy.errors import BundleError
+from mmdit_deploy.verify.noise_floor import Measurement
 from mmdit_deploy.verify.records import Case
 
 DIGEST_SIZE = 256  # elements per tensor: the norm of an error is then known to about 6 %
@@ -45,6 +47,7 @@ class ReferenceRecorder:
         self._cases = tuple(cases)
         self._tensors: dict[str, Tensor] = {}
         self._inputs: list[dict[str, str]] = []  # by case: input name → key
+        self.floors: Sequence[Measurement] = ()
 
     def inputs(self, values: Sequence[Mapping[str, Tensor]]) -> None:
         """Keep the inputs of every case but the largest; equal tensors of different cases are kept once."""
@@ -73,6 +76,7 @@ class ReferenceRecorder:
             metadata = {
                 "cases": json.dumps([dataclasses.asdict(c) for c in self._cases[:count]]),
                 "inputs": json.dumps(self._inputs[:count]),
+                "noise_floors": json.dumps([floor.to_json() for floor in self.floors]),
             }
             kept = [(k, t) for k, t in self._tensors.items() if int(k.split(".")[1]) < count]
             # Wide types first, so that every tensor is aligned.
@@ -92,9 +96,12 @@ class Reference:
         try:
             self.cases = tuple(Case(**c) for c in json.loads(self._file.metadata["cases"]))
             self._inputs: list[dict[str, str]] = json.loads(self._file.metadata["inputs"])
-        except (KeyError, TypeError, ValueError) as error:
+            # Bundles of earlier versions have none.
+            floors = json.loads(self._file.metadata.get("noise_floors", "[]"))
+            self.floors = tuple(Measurement.from_json(floor) for floor in floors)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BundleError(
-                f"{FILE_NAME} lists its cases and their inputs in the header",
+                f"{FILE_NAME} lists its cases, their inputs and noise floors in the header",
                 received=repr(error),
                 fix="export the bundle again",
             ) from error

@@ -14,8 +14,10 @@ from torch import Tensor
 from mmdit_deploy.contract import Contract
 from mmdit_deploy.eager.calls import EagerCalls, Values
 from mmdit_deploy.model import Call
+from mmdit_deploy.verify.bounds import Bounds
 from mmdit_deploy.verify.chains import EngineCalls
 from mmdit_deploy.verify.metrics import compare, within
+from mmdit_deploy.verify.noise_floor import FloorChain
 from mmdit_deploy.verify.records import Case, Check, Level
 from mmdit_deploy.verify.reference import Reference, ReferenceRecorder, pick
 from mmdit_deploy.verify.tolerances import Tolerance
@@ -30,9 +32,10 @@ def stream_parity(
     engine: EngineCalls,
     inputs: Sequence[Values],
     cases: Sequence[Case],
-    tolerance: Tolerance,
+    bounds: Bounds,
     *,
     beside: Sequence[EngineCalls] = (),
+    floors: Sequence[FloorChain] = (),
     record: ReferenceRecorder | None = None,
     progress: Progress | None = None,
 ) -> tuple[list[Check], list[list[Check]], list[Values]]:
@@ -44,6 +47,7 @@ def stream_parity(
         inputs: of the model, for each case.
         beside: other graphs of the model, of the same compute type. Of each, the first call of every kind is compared
             on equal inputs: calls of one kind share their function.
+        floors: measured on the way.
         record: keeps what the eager model computes, so that a later run needs no checkpoint.
         progress: called with the call's name, its index and the number of calls.
 
@@ -56,7 +60,7 @@ def stream_parity(
     ours: list[Values] = [dict(values) for values in theirs]
     if record is not None:
         record.inputs(theirs)
-    last_use = _last_uses(calls, contract)
+    last_use = last_uses(calls, contract)
     checks: list[Check] = []
     checks_beside: list[list[Check]] = [[] for _ in beside]
     first_of_kind = {call.kind.function: call.path for call in reversed(calls)}
@@ -66,20 +70,22 @@ def stream_parity(
         eager_call, engine_call = eager.load(call), engine.load(call)
         is_first = first_of_kind[call.kind.function] == call.path
         calls_beside = [other.load(call) for other in beside] if is_first else []
+        for floor in floors:
+            floor.load(call, eager_call)
         for i, case in enumerate(cases):
             exact = [theirs[i][name] for name in call.inputs]
             expected = eager_call(exact)
-            rounded = [
-                t.to(compute) if spec.dtype == "compute" else t for t, spec in zip(exact, call.kind.inputs, strict=True)
-            ]
+            rounded = engine_call.rounded(exact)
             # In fp32 the rounded inputs are the exact ones, and one eager run serves both comparisons.
             reference = expected if compute == torch.float32 else eager_call(rounded)
-            checks.append(_check(call, "local", case, engine_call(rounded), reference, tolerance))
+            checks.append(_check(call, "local", case, engine_call(rounded), reference, bounds))
             for made, other in zip(checks_beside, calls_beside, strict=False):
-                made.append(_check(call, "local", case, other(rounded), reference, tolerance))
+                made.append(_check(call, "local", case, other(rounded), reference, bounds))
             chained = engine_call([ours[i][name] for name in call.inputs])
             level: Level = "output" if call is calls[-1] else "cumulative"
-            checks.append(_check(call, level, case, chained, expected, tolerance))
+            checks.append(_check(call, level, case, chained, expected, bounds))
+            for floor in floors:
+                floor.measure(i, rounded, reference, expected, last_use[index])
             theirs[i].update(zip(call.outputs, expected, strict=True))
             ours[i].update(zip(call.outputs, chained, strict=True))
             if record is not None:
@@ -88,6 +94,8 @@ def stream_parity(
                 for name in last_use[index]:
                     del values[name]
         del eager_call, engine_call, calls_beside  # the next call's weights replace these
+        for floor in floors:
+            floor.load(None)
     return checks, checks_beside, [{t.name: values[t.name] for t in contract.outputs} for values in theirs]
 
 
@@ -97,7 +105,7 @@ def replay_parity(
     engine: EngineCalls,
     inputs: Sequence[Values],
     reference: Reference,
-    tolerance: Tolerance,
+    bounds: Bounds,
     *,
     progress: Progress | None = None,
 ) -> list[Check]:
@@ -113,7 +121,7 @@ def replay_parity(
     compute = getattr(torch, contract.outputs[0].dtype)
     values = [dict(case) for case in inputs]
     exact = [{**inputs, "conditioning": reference.conditioning(i).to(compute)} for i, inputs in enumerate(values)]
-    last_use = _last_uses(calls, contract)
+    last_use = last_uses(calls, contract)
     checks: list[Check] = []
     for index, call in enumerate(calls):
         if progress is not None:
@@ -123,13 +131,13 @@ def replay_parity(
             out = engine_call([values[i][name] for name in call.inputs])
             values[i].update(zip(call.outputs, out, strict=True))
             if call is calls[-1]:
-                checks.append(_check(call, "output", case, out, (reference.sample(i),), tolerance))
+                checks.append(_check(call, "output", case, out, (reference.sample(i),), bounds))
             else:
                 local = all(name in exact[i] for name in call.inputs)
                 alone = engine_call([exact[i][name] for name in call.inputs]) if local else out
                 level: Level = "local" if local else "cumulative"
                 expected = [reference.digest(i, name) for name in call.outputs]
-                checks.append(_check(call, level, case, [pick(t) for t in alone], expected, tolerance))
+                checks.append(_check(call, level, case, [pick(t) for t in alone], expected, bounds))
             for name in last_use[index]:
                 del values[i][name]
         del engine_call
@@ -148,16 +156,17 @@ def _check(
     case: Case,
     received: Sequence[Tensor],
     expected: Sequence[Tensor],
-    tolerance: Tolerance,
+    bounds: Bounds,
 ) -> Check:
     """The worse of a call's outputs."""
     errors = max((compare(r, e) for r, e in zip(received, expected, strict=True)), key=lambda e: e.badness)
+    tolerance, name = bounds.of_call(call.path) if level == "local" else (bounds.step, None)
     binding = level != "cumulative"
     passed = within(errors, tolerance) if binding else errors.nonfinite == 0
-    return Check("sample" if level == "output" else call.path, level, case, errors, binding, passed)
+    return Check("sample" if level == "output" else call.path, level, case, errors, binding, passed, name)
 
 
-def _last_uses(calls: Sequence[Call], contract: Contract) -> list[list[str]]:
+def last_uses(calls: Sequence[Call], contract: Contract) -> list[list[str]]:
     """By call, the values that no later call reads; what the graph returns is kept."""
     last: dict[str, int] = {}
     for index, call in enumerate(calls):

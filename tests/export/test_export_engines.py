@@ -204,8 +204,8 @@ def test_a_gpu_without_room_does_not_cost_the_engines(
     def no_room(*_: object) -> None:
         raise MachineError("the engine rtx:sm89 must fit into the GPU's memory", received="1 GB are free")
 
-    monkeypatch.setattr("mmdit_deploy.verify.engine.check_runs_here", lambda *_: None)
-    monkeypatch.setattr("mmdit_deploy.verify.engine.open_runner", no_room)
+    monkeypatch.setattr("mmdit_deploy.verify.whole.check_runs_here", lambda *_: None)
+    monkeypatch.setattr("mmdit_deploy.verify.whole.open_runner", no_room)
     request = ExportRequest(deep_spec, RandomWeights(0), PRECISIONS["fp16"], targets=("rtx:sm89",), out=tmp_path / "b")
     with traced_once():
         (verdict,) = export(request).verdicts

@@ -19,10 +19,19 @@ from mmdit_deploy.graph.fuse.modulate import modulate
 from mmdit_deploy.graph.fuse.silu import silu
 from mmdit_deploy.graph.fuse.swiglu import swiglu
 from mmdit_deploy.graph.lower.spelled_out import spelled_out
-from mmdit_deploy.graph.named_functions import DOMAIN, NAMED_FUNCTIONS, define, definition, is_named_function, make_way
+from mmdit_deploy.graph.named_functions import (
+    DOMAIN,
+    FP8_ATTENTIONS,
+    NAMED_FUNCTIONS,
+    define,
+    definition,
+    is_named_function,
+    make_way,
+)
 from mmdit_deploy.graph.passes import run
 
 RULES = (silu, swiglu, modulate, gated_residual)
+BY_RULES = [name for name in NAMED_FUNCTIONS if name not in FP8_ATTENTIONS]  # those are planned: see test_precision_*
 SIZES = {"B": 2, "N": 5}
 Feed = dict[str, np.ndarray]
 
@@ -74,7 +83,7 @@ def execute(model: ir.Model, inputs: Feed) -> np.ndarray:
 
 
 @pytest.mark.parametrize("type_", ["float", "float16"])
-@pytest.mark.parametrize("name", NAMED_FUNCTIONS)
+@pytest.mark.parametrize("name", BY_RULES)
 def test_onnx_runtime_runs_them(name: str, type_: str) -> None:
     model = call(name, type_)
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
@@ -84,7 +93,7 @@ def test_onnx_runtime_runs_them(name: str, type_: str) -> None:
     np.testing.assert_allclose(received, expected, rtol=1e-5 if type_ == "float" else 2e-3, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", NAMED_FUNCTIONS)
+@pytest.mark.parametrize("name", BY_RULES)
 def test_they_are_of_any_type(name: str) -> None:
     """ONNX Runtime has no bf16 kernels on CPU; ONNX's own evaluator has."""
     model = call(name, "bfloat16")
@@ -96,7 +105,7 @@ def test_they_are_of_any_type(name: str) -> None:
     np.testing.assert_allclose(received.astype(np.float32), expected, rtol=2e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("name", NAMED_FUNCTIONS)
+@pytest.mark.parametrize("name", BY_RULES)
 def test_shapes_are_inferred_through_them(name: str) -> None:
     """By ONNX, and by the symbolic inference that prepares other people's graphs."""
     model = call(name, "float16")
@@ -181,7 +190,7 @@ def test_rules_make_them_and_spelling_out_takes_them_back(type_: str, in_functio
     scope = next((f for f in model.functions.values() if f.domain == "theirs"), model.graph)
     assert [n.op_type for n in scope if n.op_type != "Constant"] == CALLED
     # SiLU became a part of SwiGLU: nothing calls it, and so it is not defined.
-    assert {f.name for f in model.functions.values() if is_named_function(f)} == set(NAMED_FUNCTIONS) - {"MMDiTSiLU"}
+    assert {f.name for f in model.functions.values() if is_named_function(f)} == set(BY_RULES) - {"MMDiTSiLU"}
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
     np.testing.assert_array_equal(execute(model, inputs), before)
     assert [r.count for r in run(model, RULES, explain=True) if r.count or r.left] == []

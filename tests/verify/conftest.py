@@ -21,9 +21,10 @@ from mmdit_deploy.checkpoint import SafetensorsFile
 from mmdit_deploy.checkpoint.weights import RandomWeights
 from mmdit_deploy.contract import Contract, Range
 from mmdit_deploy.export import ExportRequest, ExportResult, export
-from mmdit_deploy.spec import PRECISIONS, ModelSpec
+from mmdit_deploy.spec import PRECISIONS, ModelSpec, precision
 from mmdit_deploy.verification import verify_bundle
 from mmdit_deploy.verify import Case, EngineUnderTest, Verdict, verify_against_weights
+from mmdit_deploy.verify.noise_floor import FloorRequest
 
 SEED = 3
 RANGES = {"batch": Range(1, 1, 2), "img_tokens": Range(4, 16, 48), "txt_tokens": Range(1, 8, 16)}
@@ -47,7 +48,7 @@ class Copy:
         fields = read_manifest(self.path).fields
         spec = ModelSpec.from_json(fields["spec"])
         contract = Contract.from_json(fields["contract"])
-        compute = PRECISIONS[fields["precision"]]
+        compute = precision(fields["precision"], fields["base"])
         return EngineUnderTest(
             name=self.path.name,
             target=parse_target("ort-cpu"),
@@ -60,9 +61,10 @@ class Copy:
             **changes,
         )
 
-    def verify(self, cases: Sequence[Case] = CASES, **changes: Any) -> Verdict:
+    def verify(self, cases: Sequence[Case] = CASES, *, noise_floor: FloorRequest = "none", **changes: Any) -> Verdict:
         """The verdict on its engine, against the model with the seed's weights."""
-        (verdict,) = verify_against_weights(self.engine(**changes), RandomWeights(SEED), cases)
+        engine = self.engine(**changes)
+        (verdict,) = verify_against_weights(engine, RandomWeights(SEED), cases, noise_floor=noise_floor)
         return verdict
 
     def edit_graph(self, change: Callable[[onnx.ModelProto], None]) -> None:
@@ -123,13 +125,19 @@ def healthy(
     specs = {"sd3": tiny_spec, **tiny_families}
 
     @functools.cache
-    def bundle(precision: str, family: str) -> Path:
-        out = folder / f"{family}-{precision}"
-        request = ExportRequest(specs[family], RandomWeights(SEED), PRECISIONS[precision], out=out, ranges=RANGES)
+    def bundle(name: str, family: str) -> Path:
+        out = folder / f"{family}-{name}"
+        request = ExportRequest(specs[family], RandomWeights(SEED), precision(name), out=out, ranges=RANGES)
         path: Path = quick_export(request).path
         return path
 
-    return lambda precision, family="sd3": bundle(precision, family)
+    return lambda name, family="sd3": bundle(name, family)
+
+
+@pytest.fixture
+def opened() -> Callable[[Path], Copy]:
+    """A bundle of one's own, from its folder."""
+    return Copy
 
 
 @pytest.fixture

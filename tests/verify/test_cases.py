@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mmdit_deploy.contract import Contract, Profile, Range, parse_profile
 from mmdit_deploy.errors import UsageError
 from mmdit_deploy.runtime.tensorrt import choose_profile
-from mmdit_deploy.spec import PRECISIONS, ModelSpec, from_depth
+from mmdit_deploy.spec import PRECISIONS, QUANTIZED, ModelSpec, from_depth, precision
 from mmdit_deploy.verify import Case, default_cases
 from mmdit_deploy.verify.cases import case_inputs, fit_grid
 
@@ -28,6 +28,18 @@ def test_the_defaults_are_few_and_small() -> None:
     thorough = default_cases(Contract.of(from_depth(24), FP16), thorough=True)
     assert thorough[: len(cases)] == cases
     assert max(c.img_tokens for c in thorough) == 4096
+
+
+@pytest.mark.parametrize("name", [*PRECISIONS, *QUANTIZED])
+def test_a_quantized_model_is_run_at_eight_timesteps_of_three_shapes(name: str) -> None:
+    compute = precision(name)
+    cases = default_cases(Contract.of(from_depth(24), compute), compute)
+    timesteps: dict[tuple[int, ...], set[float]] = {}
+    for case in cases:
+        timesteps.setdefault((case.batch, case.rows, case.cols, case.txt_tokens), set()).add(case.timestep)
+    least = 8 if compute.quantized else 3
+    assert len(timesteps) >= 3 and all(len(found) >= least for found in timesteps.values())
+    assert len(cases) == 3 * least
 
 
 def has_grid(tokens: Range) -> bool:

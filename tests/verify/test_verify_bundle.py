@@ -88,7 +88,7 @@ def test_an_engine_that_the_bundle_lacks(healthy: Callable[[str], Path], target:
 def test_the_whole_engine_is_skipped_where_memory_is_short(
     healthy: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mmdit_deploy.verify.engine.available_memory", lambda: 1000)
+    monkeypatch.setattr("mmdit_deploy.verify.whole.available_memory", lambda: 1000)
     verdict = verify_bundle(healthy("fp16"))
     assert verdict.passed  # the calls one by one are enough, and the verdict says that they are all
     assert _levels(verdict) == {"local", "cumulative", "output"}

@@ -1,0 +1,117 @@
+"""The precision plan of an export: from a recipe and from what calibration finds, or from another bundle's scales.
+
+calibration ─┬─► scales ─► what is quantized, within a budget ─┐
+             └─► ranges ─► what stays in fp32 ─────────────────┴► plan
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmdit_deploy.calibration.budget import choose
+from mmdit_deploy.calibration.bundle_plan import CALIBRATION
+from mmdit_deploy.calibration.captured import read_captured
+from mmdit_deploy.calibration.quantization import plan_quantization, plan_recorded
+from mmdit_deploy.calibration.scales_file import Scales, read_scales, write_scales
+from mmdit_deploy.eager.programs import programs_of
+from mmdit_deploy.export.calibrated import Calibrated, calibrate
+from mmdit_deploy.export.request import ExportRequest
+from mmdit_deploy.model import calls
+from mmdit_deploy.precision import PrecisionPlan
+from mmdit_deploy.precision.structure import indivisible
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The plan, and what the manifest says of it.
+
+    Args:
+        record: what was asked for and what decided, JSON-ready.
+    """
+
+    plan: PrecisionPlan
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready: schemes by linear layer, FP8 attentions, values in fp32, and what decided them."""
+        return {
+            "linears": {
+                path: {"scheme": p.scheme.name, "input_amax": p.input_amax} for path, p in self.plan.linears.items()
+            },
+            "fp8_attentions": {
+                call: [{"q": a.q_amax, "k": a.k_amax, "v": a.v_amax} for a in found]
+                for call, found in self.plan.attentions.items()
+            },
+            "wide": {call: sorted(names) for call, names in self.plan.wide.items() if names},
+            **self.record,
+        }
+
+
+def calibrates(request: ExportRequest) -> bool:
+    """Whether the eager model is run to calibrate."""
+    scaled = request.quantizes is not None and request.scales is None
+    return not request.graph_only and (request.seeks_islands or scaled)
+
+
+def check_calibration(request: ExportRequest) -> None:
+    """Read what is calibrated with, before anything heavy.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+        UsageError: it is not what it should be, or of another model.
+    """
+    if request.calib is not None:
+        read_captured(request.calib, request.spec)
+    if request.scales is not None:
+        _recorded(request)
+
+
+def plan_precision(request: ExportRequest, folder: Path, log: Log) -> Planned:
+    """Decide the precision of everything, and write the scales into the bundle's folder.
+
+    Raises:
+        CheckpointError: the eager model itself computes NaN or Inf, or a file cannot be read.
+        UsageError: a file is of another model, or fp16 cannot hold what an attention reads.
+    """
+    recipe = request.quantizes
+    record: dict[str, Any] = {} if recipe is None else {"recipe": recipe.to_json()}
+    if recipe is not None:
+        for path in indivisible(request.spec, recipe):
+            log(f"warning: {path} stays in {request.precision.base}: its inputs are no whole blocks of its scheme")
+    if request.graph_only and request.scales is None:
+        return Planned(request.structure, record)  # no numbers: none are written
+    seen: Calibrated | None = None
+    programs = {}
+    if calibrates(request):
+        programs = programs_of(calls(request.spec), getattr(torch, request.precision.dtype))
+        seen = calibrate(request, programs, log)
+        record["calibration"] = dict(seen.record)
+    plan = PrecisionPlan(request.precision)
+    if request.scales is not None:
+        plan = _recorded(request)
+        record["calibration"] = {"scales": request.scales.name}
+    elif recipe is not None and seen is not None:
+        plan = plan_quantization(request.spec, request.precision, recipe, seen.statistics, request.weights)
+        if request.budget is not None:
+            chosen = choose(request.spec, request.weights, plan, seen.samples, request.budget, programs=programs)
+            log(f"budget: {chosen.text()}")
+            plan, record["budget"] = chosen.plan, chosen.to_json()
+    if recipe is not None and not request.graph_only:
+        scales = Scales(request.spec, plan.linears, plan.attentions, record)
+        write_scales(folder / CALIBRATION, scales)
+    return Planned(plan, record)
+
+
+def _recorded(request: ExportRequest) -> PrecisionPlan:
+    """The plan with the scales of another bundle."""
+    recipe, scales = request.quantizes, request.scales
+    if recipe is None or scales is None:
+        raise ValueError("scales are of a quantized model")
+    return plan_recorded(request.spec, request.precision, recipe, read_scales(scales, request.spec))
