@@ -99,7 +99,11 @@ def _by_digests(bundle: Bundle, engine: EngineUnderTest, progress: Progress | No
             note = "" if wrong.level == "local" else CUMULATIVE
             function = call.kind.function
             found = Finding(call.path, call.block, function, case=wrong.case, errors=wrong.errors, note=note)
-    kept = [c.errors.rel_l2 for c in checks if c.passed and within(c.errors, engine.bounds.step)]
+    kept = [
+        c.errors.rel_l2 / engine.bounds.step.max_rel_l2
+        for c in checks
+        if c.passed and within(c.errors, engine.bounds.step)
+    ]
     return Bisection(
         bundle=engine.name,
         target=engine.target.name,

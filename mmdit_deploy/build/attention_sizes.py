@@ -1,7 +1,7 @@
 """Profiles that TensorRT has FP8 attention for: refused before a build are those that it has not.
 
-Measured on TensorRT-RTX 1.7, heads of 64 and 128 wide: from 32 tokens on in a profile's minimum, an attention with Q, K,
-V and softmax in FP8 is one kernel. Below, it silently becomes two products with the scores written out between them.
+Measured on TensorRT-RTX 1.7, heads of 64 and 128 wide: from 32 tokens on in a profile's minimum, an attention with Q,
+K, V and softmax in FP8 is one kernel. Below, it silently becomes two products with the scores written out between them.
 """
 
 from __future__ import annotations

@@ -111,9 +111,7 @@ def _nodes(graph: onnx.ModelProto) -> dict[Source, _Node]:
     return nodes
 
 
-def _made(
-    node: onnx.NodeProto, scope: Sequence[onnx.NodeProto], function: str, readers: tuple[Source, ...]
-) -> _Node:
+def _made(node: onnx.NodeProto, scope: Sequence[onnx.NodeProto], function: str, readers: tuple[Source, ...]) -> _Node:
     norms = NORMS.get(function, 0) if node.op_type == "ReduceMean" else 0
     if norms:
         return _Node("RMSNormalization", readers, norms)
@@ -187,7 +185,9 @@ class _Plan:
                 wanted = "one fused attention kernel" if fused else "written out"
                 yield f"{_shown(source)} (Attention) is not {wanted}; it became {_listed(became)}"
             elif self.nodes[source].fp8 and not all(map(_reads_fp8, became)):
-                read = "; ".join(f"{kernel.name} reads {', '.join(t.dtype for t in kernel.inputs)}" for kernel in became)
+                read = "; ".join(
+                    f"{kernel.name} reads {', '.join(t.dtype for t in kernel.inputs)}" for kernel in became
+                )
                 yield f"{_shown(source)} (Attention) is to read Q, K and V in FP8; {read}"
         for kernel in self.kernels:
             if kernel.is_fused_attention and sum(self._op(s) == "Attention" for s in kernel.sources) != 1:

@@ -20,6 +20,7 @@ import onnx_ir as ir
 from mmdit_deploy.build.build_log import REPORT
 from mmdit_deploy.build.layers import ENGINE, EngineLayer, LayerTensor
 from mmdit_deploy.errors import GraphError
+from mmdit_deploy.graph.function_types import callers_first, type_function_inputs
 from mmdit_deploy.graph.precision.recognized import products_joined, scheme_of
 from mmdit_deploy.model.partition import call_of
 from mmdit_deploy.precision import SCHEMES, PrecisionPlan
@@ -105,7 +106,8 @@ def check_quantization(
 def quantized_products(graph: onnx.ModelProto) -> tuple[QuantizedProduct, ...]:
     """Every product with quantized weights that one run executes."""
     model = ir.from_proto(graph)
-    found = []
+    type_function_inputs(model, callers_first(model))
+    found: list[QuantizedProduct] = []
     for call in model.graph:
         function = model.functions.get(call.op_identifier())
         if function is None:
@@ -169,7 +171,7 @@ def _fallen_back(product: QuantizedProduct, kernels: Sequence[EngineLayer]) -> I
         if scheme.activations != "none" and not _of(kernel.inputs, words):
             yield f"{where} fell back: {kernel.name} reads {_types(kernel.inputs)}, and no {_shown(words)}"
         if kernel.constants is not None and not _of(kernel.constants, words):
-            yield f"{where} fell back: {kernel.name} has weights in {_types(kernel.constants)}, and none in {_shown(words)}"
+            yield f"{where} fell back: {kernel.name} has {_types(kernel.constants)} for weights, and no {_shown(words)}"
     for kernel in kernels:
         if product.weights in kernel.sources and kernel not in own:
             yield f"{where} fell back: {kernel.name} expands its weights"

@@ -73,9 +73,7 @@ def parse_target(name: str) -> Target:
     return Target("rtx:" + "+".join(ordered), "cuda", flavour=RTX, capabilities=ordered)
 
 
-def check_targets(
-    names: Sequence[str], precision: Precision, schemes: Collection[Scheme] = ()
-) -> tuple[Target, ...]:
+def check_targets(names: Sequence[str], precision: Precision, schemes: Collection[Scheme] = ()) -> tuple[Target, ...]:
     """The targets to build, without repeats.
 
     Args:

@@ -19,24 +19,20 @@ def bundle_plan(bundle: Bundle) -> PrecisionPlan:
         BundleError: the manifest says of wide values what it cannot, or the scales are not there.
         UsageError: the scales are of another model.
     """
-    wide = _wide(bundle.manifest.fields.get("precision_plan"), bundle)
-    if not bundle.precision.quantized:
-        return PrecisionPlan(bundle.precision, wide=wide)
-    scales = read_scales(bundle.file(CALIBRATION), bundle.spec)
-    return PrecisionPlan(bundle.precision, scales.linears, scales.attentions, wide)
-
-
-def _wide(field: Any, bundle: Bundle) -> dict[str, frozenset[str]]:
-    """By call, from the manifest; nothing in bundles of earlier versions."""
-    if field is None:
-        return {}
-    found = field.get("wide", {}) if isinstance(field, dict) else None
-    if not isinstance(found, dict) or not all(
-        isinstance(names, list) and all(isinstance(name, str) for name in names) for names in found.values()
-    ):
+    field: Any = bundle.manifest.fields.get("precision_plan", {})  # nothing in bundles of earlier versions
+    wide, bf16 = (field.get("wide", {}), field.get("bf16_attentions", [])) if isinstance(field, dict) else (None, None)
+    if not isinstance(wide, dict) or not _are_names(bf16) or not all(map(_are_names, wide.values())):
         raise BundleError(
             f"the precision_plan of {bundle.path} names the values that stay in fp32 by call",
             received=ascii(field)[:120],
             fix="copy the bundle again, or export it again",
         )
-    return {call: frozenset(names) for call, names in found.items()}
+    islands = {call: frozenset(names) for call, names in wide.items()}
+    if not bundle.precision.quantized:
+        return PrecisionPlan(bundle.precision, wide=islands, bf16_attentions=tuple(bf16 or ()))
+    scales = read_scales(bundle.file(CALIBRATION), bundle.spec)
+    return PrecisionPlan(bundle.precision, scales.linears, scales.attentions, islands, tuple(bf16 or ()))
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)

@@ -1,6 +1,8 @@
 """The eager model as planned: its weights as they are stored, its quantized layers as their schemes compute them.
 
-What an engine of a quantized model should compute, but for the arithmetic of the compute type.
+What an engine of a quantized model should compute, but for the arithmetic of the compute type. That decides which way a
+few inputs are rounded to their 8 or 4 bits, and runtimes differ in it: ONNX Runtime's CPU keeps fp32 between ops of
+fp16. How far a layer's output moves when its input does, by less than a rounding of the compute type, is its *slack*.
 """
 
 from __future__ import annotations
@@ -33,13 +35,13 @@ class PlannedCall:
     """
 
     def __init__(self, path: str, program: Program, weights: Mapping[str, Tensor], plan: PrecisionPlan):
-        self._program, self._plan, self._path = program, plan, path
+        self._program, self._plan, self._call = program, plan, path
         self._compute: torch.dtype = getattr(torch, plan.precision.dtype)
         self._weights = {name: w.to(self._compute).float() for name, w in weights.items()}
         self._linears = {
             name: quantize_weight(w, plan.linears[linear], self._compute)
             for name, w in weights.items()
-            if (linear := self._linear(name)) in plan.linears
+            if (linear := self._path(name)) in plan.linears
         }
         attentions = [n for n in program.module.graph.nodes if n.target is _ATTENTION]
         # The first ones of the call, in order.
@@ -49,27 +51,46 @@ class PlannedCall:
         self,
         activations: Mapping[str, Tensor],
         tap: Callable[[fx.Node, Tensor], Tensor] | None = None,
+        slack: dict[fx.Node, float] | None = None,
     ) -> tuple[Tensor, ...]:
-        """Compute the call in fp32; as `Program.run`."""
-        return self._program.run(activations, self._weights, tap=tap, replace=self._replace)
+        """Compute the call in fp32; as `Program.run`.
 
-    def _linear(self, weight: str) -> str:
+        Args:
+            slack: gets, by operator, the relative L2 distance of its value to that for inputs that are moved.
+        """
+
+        def replace(node: fx.Node, args: Sequence[Any]) -> Tensor | None:
+            if node.target is _LINEAR:
+                return self._linear(node, slack, *args)
+            return self._attention(node, *args) if node in self._attentions else None
+
+        return self._program.run(activations, self._weights, tap=tap, replace=replace)
+
+    def _path(self, weight: str) -> str:
         """The path of the linear layer that a weight is of."""
-        return f"{self._path}.{weight.removesuffix('.weight')}" if weight.endswith(".weight") else ""
+        return f"{self._call}.{weight.removesuffix('.weight')}" if weight.endswith(".weight") else ""
 
-    def _replace(self, node: fx.Node, args: Sequence[Any]) -> Tensor | None:
-        if node.target is _LINEAR:
-            return self._quantized_linear(node, *args)
-        if node in self._attentions:
-            q, k, v = args[:3]
-            scales = attention_scales(self._attentions[node], q.shape[-1], self._compute)
-            return simulate_attention(q, k, v, scales, args[3] if len(args) > 3 else None)
-        return None
-
-    def _quantized_linear(self, node: fx.Node, x: Tensor, _: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    def _linear(
+        self, node: fx.Node, slack: dict[fx.Node, float] | None, x: Tensor, _: Tensor, bias: Tensor | None = None
+    ) -> Tensor | None:
         weight = self._program.names.get(getattr(node.args[1], "name", ""), "")
         if weight not in self._linears:
             return None
-        scheme = self._plan.linears[self._linear(weight)].scheme
-        product = simulate(x, self._linears[weight], scheme, self._compute)
+        scheme, tensors = self._plan.linears[self._path(weight)].scheme, self._linears[weight]
+        product = simulate(x, tensors, scheme, self._compute)
+        if slack is not None and scheme.activations != "none":
+            moved = simulate(_moved(x, self._compute), tensors, scheme)
+            slack[node] = float((product - moved).norm() / product.norm().clamp(min=torch.finfo(torch.float32).tiny))
         return product if bias is None else product + bias
+
+    def _attention(self, node: fx.Node, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *_: Any) -> Tensor:
+        scales = attention_scales(self._attentions[node], q.shape[-1], self._compute)
+        return simulate_attention(q, k, v, scales, mask)
+
+
+def _moved(x: Tensor, compute: torch.dtype) -> Tensor:
+    """Every other element larger, the others smaller, by half of what the compute type may round by."""
+    share = torch.finfo(compute).eps / 4
+    signs = torch.ones(x.shape[-1])
+    signs[::2] = -1
+    return x * (1 + share * signs)

@@ -7,7 +7,7 @@ calibration ─┬─► scales ─► what is quantized, within a budget ─┐
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,23 @@ import torch
 from mmdit_deploy.calibration.budget import choose
 from mmdit_deploy.calibration.bundle_plan import CALIBRATION
 from mmdit_deploy.calibration.captured import read_captured
+from mmdit_deploy.calibration.fp16_emulation import Bound
+from mmdit_deploy.calibration.fp16_plan import Fp16Plan
+from mmdit_deploy.calibration.fp16_ranges import ranges_of
+from mmdit_deploy.calibration.fp16_search import plan_fp16
 from mmdit_deploy.calibration.quantization import plan_quantization, plan_recorded
 from mmdit_deploy.calibration.scales_file import Scales, read_scales, write_scales
+from mmdit_deploy.eager.program import Program
 from mmdit_deploy.eager.programs import programs_of
 from mmdit_deploy.export.calibrated import Calibrated, calibrate
 from mmdit_deploy.export.request import ExportRequest
 from mmdit_deploy.model import calls
 from mmdit_deploy.precision import PrecisionPlan
 from mmdit_deploy.precision.structure import indivisible
+from mmdit_deploy.verify.tolerances import TOLERANCES
 
 Log = Callable[[str], None]
+_SHOWN = 20  # lines of the fp16 plan in the log; the manifest has all
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class Planned:
                 for call, found in self.plan.attentions.items()
             },
             "wide": {call: sorted(names) for call, names in self.plan.wide.items() if names},
+            "bf16_attentions": list(self.plan.bf16_attentions),
             **self.record,
         }
 
@@ -103,10 +111,38 @@ def plan_precision(request: ExportRequest, folder: Path, log: Log) -> Planned:
             chosen = choose(request.spec, request.weights, plan, seen.samples, request.budget, programs=programs)
             log(f"budget: {chosen.text()}")
             plan, record["budget"] = chosen.plan, chosen.to_json()
+    if request.seeks_islands and seen is not None:
+        islands = _islands(request, seen, programs, log)
+        record["fp16_plan"] = islands.to_json()
+        plan = replace(
+            plan,
+            wide=islands.wide,
+            bf16_attentions=islands.bf16_attentions,
+            attentions={call: a for call, a in plan.attentions.items() if call not in islands.bf16_attentions},
+        )
     if recipe is not None and not request.graph_only:
         scales = Scales(request.spec, plan.linears, plan.attentions, record)
         write_scales(folder / CALIBRATION, scales)
     return Planned(plan, record)
+
+
+def _islands(request: ExportRequest, seen: Calibrated, programs: Mapping[str, Program], log: Log) -> Fp16Plan:
+    """What fp16 cannot hold, or rounds too much."""
+    tolerance = TOLERANCES["fp16"]
+    islands = plan_fp16(
+        request.spec,
+        request.weights,
+        ranges_of(seen.statistics),
+        seen.samples,
+        Bound(tolerance.min_cosine, tolerance.max_rel_l2),
+        outputs=request.outputs,
+        programs=programs,
+    )
+    for line in islands.text().splitlines()[:_SHOWN]:
+        log(line)
+    for call in islands.out_of_bound:
+        log(f"warning: {call} is further from fp32 than fp16 should be, whatever is kept in fp32")
+    return islands
 
 
 def _recorded(request: ExportRequest) -> PrecisionPlan:

@@ -12,7 +12,7 @@ from mmdit_deploy.checkpoint.weights import RandomWeights, WeightSource
 from mmdit_deploy.contract import Contract, Profile, Range
 from mmdit_deploy.errors import UsageError
 from mmdit_deploy.lora import Lora, LoraWeights
-from mmdit_deploy.precision import PrecisionPlan
+from mmdit_deploy.precision import PrecisionPlan, Scheme
 from mmdit_deploy.precision.recipe import QuantizationRecipe, fitted
 from mmdit_deploy.precision.structure import structure
 from mmdit_deploy.spec import QUANTIZED, ModelSpec, Precision
@@ -91,6 +91,11 @@ class ExportRequest:
         return recipe
 
     @property
+    def _schemes(self) -> tuple[Scheme, ...]:
+        """How linear layers are quantized."""
+        return () if self.quantizes is None else tuple(dict.fromkeys(self.quantizes.schemes.values()))
+
+    @property
     def seeks_islands(self) -> bool:
         """Whether calibration decides what stays in fp32."""
         chosen = self.fp16_plan or ("pure" if isinstance(self.source, RandomWeights) else "auto")
@@ -116,7 +121,7 @@ class ExportRequest:
                 fix="name blocks of this model",
             )
         self._check_precision()
-        targets = check_targets(self.targets, self.precision)
+        targets = check_targets(self.targets, self.precision, self._schemes)
         if self.profiles and not any(target.flavour for target in targets):
             raise UsageError(
                 "optimization profiles are TensorRT's",
@@ -148,6 +153,12 @@ class ExportRequest:
                         received=f"it with {self.precision.name}",
                         fix="drop it, or add e.g. --fp8",
                     )
+        if self.precision.name != "fp4" and any(s.weights == "fp4" for s in self._schemes):
+            raise UsageError(
+                "the scheme fp4 goes with --fp4: where FP4 is emulated, its name says so",
+                received=f"it with {self.precision.label}",
+                fix="--fp4, with --quantize ROLE=fp8 for the other roles",
+            )
         if self.fp16_plan is not None and self.precision.base != "fp16":
             raise UsageError(
                 "--fp16-plan says what an fp16 model keeps in fp32",

@@ -17,8 +17,8 @@ class LinearPlan:
 
     Args:
         scheme: one of `SCHEMES`.
-        input_amax: largest |x| that the layer is to take, after smoothing; larger ones saturate. None where the scheme
-            finds it while running.
+        input_amax: largest |x| that calibration says the layer takes, after smoothing. INT8 saturates beyond it, FP8 and
+            FP4 beyond twice as much: floats have an octave to spare. None where the scheme finds it while running.
         pre_quant_scale: of a smoothed input: [in] fp32, what it is multiplied by.
     """
 
@@ -47,12 +47,14 @@ class PrecisionPlan:
         attentions: by call (``blocks.3``): its FP8 attentions, in the order of the block; the others are in the compute
             type.
         wide: by call: the values of its function that stay in fp32, by their names in the standard graph's function.
+        bf16_attentions: calls whose attention reads wide values: it is computed in bf16, for none is fused in fp32.
     """
 
     precision: Precision
     linears: Mapping[str, LinearPlan] = field(default_factory=dict)
     attentions: Mapping[str, tuple[AttentionScales, ...]] = field(default_factory=dict)
     wide: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    bf16_attentions: tuple[str, ...] = ()
 
     @property
     def plain(self) -> bool:

@@ -21,6 +21,9 @@ from mmdit_deploy.precision.schemes import Scheme
 
 LEAST_SCALE = 2.0**-14  # fp16's smallest normal number
 LEAST_E4M3 = 2.0**-9  # a block's scale is not rounded to 0, which nothing can be divided by
+# Calibrated scales in FP8 leave an octave above the largest value that was seen: floats have as many steps there as in
+# any other, so that it costs nothing, and what other prompts make larger does not saturate.
+_HEADROOM = 2.0
 # Weights alone in FP8 share one scale in all layers, so that products of one input can be made as one (batched
 # modulation); `c` has the rest. At this power of two E4M3's normal numbers are normal in fp16 too.
 _SHARED_SCALE = 2.0**-8
@@ -95,11 +98,13 @@ def quantized_input(x: Tensor, tensors: Tensors, scheme: Scheme, compute: torch.
     if scheme.activations == "none":
         return x
     if scheme.activations == "block":
-        return _nvfp4(x, tensors["input_scale"].float(), scheme)
+        return _nvfp4(x, tensors["input_scale"].float(), scheme, compute)
     largest = LARGEST[scheme.weights]
     if scheme.activations == "token":  # divided by its largest first: the graph's scale is a constant then
-        peak = scale_of(x.abs().amax(-1, keepdim=True), compute or torch.float32).float()
-        return rounded(_cast(x / peak, compute) * largest, scheme.weights) / largest * peak
+        peak, unit = (
+            scale_of(value, compute or torch.float32).float() for value in (x.abs().amax(-1, keepdim=True), 1 / largest)
+        )
+        return rounded(_cast(x / peak, compute) / unit, scheme.weights) * unit * peak
     scale = tensors["input_scale"].float()
     return rounded(x / scale, scheme.weights) * scale
 
@@ -112,7 +117,7 @@ def scale_of(values: Tensor | float, compute: torch.dtype) -> Tensor:
 def attention_scales(amax: AttentionScales, head_dim: int, compute: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """The scales of Q, K and V [] of an FP8 attention; Q's is that of Q / √D, which is what is quantized."""
     sizes = (amax.q_amax / math.sqrt(head_dim), amax.k_amax, amax.v_amax)
-    q, k, v = (scale_of(size / LARGEST["fp8"], compute) for size in sizes)
+    q, k, v = (scale_of(_HEADROOM * size / LARGEST["fp8"], compute) for size in sizes)
     return q, k, v
 
 
@@ -211,14 +216,14 @@ def _second_scale(amax: float) -> Tensor:
 
 def _input_scale(amax: float, scheme: Scheme, compute: torch.dtype) -> Tensor:
     if scheme.activations == "block":
-        return _second_scale(amax)
-    return scale_of(amax / LARGEST[scheme.weights], compute)
+        return _second_scale(_HEADROOM * amax)
+    return scale_of(amax * (_HEADROOM if scheme.weights == "fp8" else 1) / LARGEST[scheme.weights], compute)
 
 
-def _nvfp4(x: Tensor, second: Tensor, scheme: Scheme) -> Tensor:
-    """An input in blocks of E2M1, whose E4M3 scales are found while running."""
+def _nvfp4(x: Tensor, second: Tensor, scheme: Scheme, compute: torch.dtype | None) -> Tensor:
+    """An input in blocks of E2M1, whose E4M3 scales are found while running, and applied in the compute type."""
     blocks = x.unflatten(-1, (-1, scheme.block or 1))
-    scale = _e4m3_scale(blocks.abs().amax(-1, keepdim=True) / LARGEST["fp4"], second)
+    scale = _cast(_e4m3_scale(blocks.abs().amax(-1, keepdim=True) / LARGEST["fp4"], second), compute)
     return (rounded(blocks / scale, "fp4") * scale).flatten(-2)
 
 

@@ -191,7 +191,7 @@ class _Search:
             )
             seen.out += [(case, one) for one in compared if not one.passed]
             self.values += len(compared)
-            self.worst = max([self.worst, *(one.errors.rel_l2 for one in compared if one.passed)])
+            self.worst = max([self.worst, *(one.errors.rel_l2 / one.max_rel_l2 for one in compared if one.passed)])
             known.update(zip(call.outputs, expected, strict=True))
         return seen
 

@@ -8,6 +8,7 @@ those of the graph's nodes, one by one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,11 @@ class Body:
 
     def type_of(self, value: str) -> int:
         """ONNX's type of a value; 0 where the function does not say it."""
-        return next((v.type.tensor_type.elem_type for v in self.function.value_info if v.name == value), 0)
+        return self._types.get(value, 0)
+
+    @functools.cached_property
+    def _types(self) -> dict[str, int]:
+        return {v.name: v.type.tensor_type.elem_type for v in self.function.value_info}
 
 
 class ExposedCalls:
@@ -98,8 +103,7 @@ class ExposedCalls:
         """
         part = extract_call(self._graph, call.path)
         body = Body.of(part, call.path)
-        names = sorted(body.made & set(wanted))
-        shown = _inline(part, body, names)
+        shown = _inline(part, body, sorted(body.made & set(wanted)))
         session = open_session(part.SerializeToString(), self._target, weights_folder=self._folder)
         return ExposedCall(session, body, shown)
 

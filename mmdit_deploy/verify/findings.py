@@ -108,7 +108,7 @@ class Bisection:
         calls: of the model, how many were looked at, in order.
         of_calls: how many there are.
         values: how many values inside of calls were compared.
-        worst: the largest rel-L2 among those that were within tolerance.
+        worst: the largest rel-L2 among those that were within tolerance, as a share of what is allowed there.
         tolerance: the bounds of values.
         found: the first call that is wrong; None in a healthy model.
         seconds: wall time.
@@ -137,7 +137,7 @@ class Bisection:
         what = "recorded values" if self.weights is None else "values inside of them"
         looked = (
             f"{self.calls} of {self.of_calls} calls, {self.values} {what} "
-            f"(rel-L2 up to {self.worst:.1e}, {self.tolerance['max_rel_l2']:g} is allowed), on {self.graph}"
+            f"(at most {self.worst:.0%} of the rel-L2 that is allowed, {self.tolerance['max_rel_l2']:g}), on {self.graph}"
         )
         if self.found is not None:
             return f"{head}the first thing wrong is in {self.found}\n  looked at: {looked}"

@@ -7,14 +7,15 @@
 The eager operators get the engine's *own* values, wherever both have a value of one name. So every comparison is of
 what lies between two such values, and of nothing else: errors do not add up, a rounding that falls the other way does
 not make the next quantization fall the other way too, and the first value out of tolerance is where the fault is. What
-is left is arithmetic in the compute type, whose tolerance binds at every precision.
+is left is arithmetic in the compute type, whose tolerance binds at every precision; with the slack that `PlannedCall`
+measures where that arithmetic decides what a value is quantized to.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx
 import torch
@@ -37,6 +38,7 @@ class Compared:
         made_by: the eager model's operator.
         value: its name in the graph's function, where others read it.
         errors: of the engine's against the eager model's, on the engine's own inputs.
+        max_rel_l2: the tolerance's, with the slack of what is quantized there.
         passed: whether they are within tolerance.
         element: the first that is off by more than the tolerance times a typical element; None if it passed.
     """
@@ -44,6 +46,7 @@ class Compared:
     made_by: fx.Node
     value: str
     errors: Errors
+    max_rel_l2: float
     passed: bool
     element: Element | None = None
 
@@ -116,6 +119,7 @@ def compare_nodes(
         wide: operators whose values it keeps in fp32.
     """
     made: list[Compared] = []
+    slack: dict[fx.Node, float] = {}
 
     def tap(node: fx.Node, value: Tensor) -> Tensor:
         name = matching.values.get(node)
@@ -125,15 +129,23 @@ def compare_nodes(
         kept = node.name in wide or matching.program.outputs.get(node.name) in wide
         expected = value if kept else _rounded(value, compute)
         errors = compare(theirs, expected)
-        passed = within(errors, tolerance)
-        made.append(
-            Compared(node, name, errors, passed, None if passed else _first(theirs, expected, tolerance.max_rel_l2))
-        )
+        bound = _loosened(tolerance, sum(slack.get(n, 0.0) for n in matching.made_of(node)))
+        passed = within(errors, bound)
+        element = None if passed else _first(theirs, expected, bound.max_rel_l2)
+        made.append(Compared(node, name, errors, bound.max_rel_l2, passed, element))
         usable = errors.nonfinite == 0
         return theirs.to(value.dtype) if usable else value
 
-    planned.run(activations, tap)
+    planned.run(activations, tap, slack)
     return made
+
+
+def _loosened(tolerance: Tolerance, slack: float) -> Tolerance:
+    """Room for values that are rounded the other way: both ways are right, so twice what lies between them."""
+    if not slack:
+        return tolerance
+    room = tolerance.max_rel_l2 + 2 * slack
+    return replace(tolerance, max_rel_l2=room, min_cosine=min(tolerance.min_cosine, 1 - room**2))
 
 
 def _has_values(tensor: Tensor) -> bool:

@@ -51,6 +51,8 @@ def model_of(spelled: str, precision: str, linear: str = "mlp.up") -> ir.Model:
         inside.type, inside.shape = outside.type, outside.shape
     for node in function:
         node.outputs[0].type = function.inputs[0].type
+        if node.op_type != "Transpose":
+            node.outputs[0].shape = model.graph.outputs[0].shape
         node.name = f"node_{node.op_type}"
     function.inputs[1].name, function.inputs[2].name = f"{linear}.weight", f"{linear}.bias"
     return model
