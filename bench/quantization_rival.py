@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from digits_model import CHECKPOINT
-from digits_prompts import NUMBERS, TOKENS, embed, prompt
+from digits_prompts import NUMBERS, TOKENS, WEIGHTS, embed, prompt
 from measure import write_result
 from torch import Tensor
 
@@ -72,10 +72,11 @@ class Subject:
     spec: ModelSpec
     source: WeightSource
     sizes: Sequence[tuple[int, int, int]]
+    images: int  # at each size
 
     def trajectory(self, seed: int, steps: int, programs: Mapping[str, Any]) -> tuple[Statistics, list[Inputs]]:
-        """One image at each size: what was seen, and the model's inputs, step after step."""
-        samples = default_samples(self.spec, seed, sizes=self.sizes, prompts=1)
+        """Images at each size: what was seen, and the model's inputs, step after step."""
+        samples = default_samples(self.spec, seed, sizes=self.sizes, prompts=self.images)
         if self.name == "digits":
             samples = tuple(_asked(sample, seed, index) for index, sample in enumerate(samples))
         inputs: list[Inputs] = []
@@ -130,13 +131,15 @@ def compare(subject: Subject, steps: int) -> dict[str, Any]:
 def _subject(name: str) -> Subject:
     if name == "digits":
         spec, source = open_weights(CHECKPOINT)
-        return Subject(name, spec, source, SIZES[name])
-    return Subject(name, RANDOM, RandomWeights(0), SIZES[name])
+        return Subject(name, spec, source, SIZES[name], images=4)
+    return Subject(name, RANDOM, RandomWeights(0), SIZES[name], images=1)
 
 
 def _asked(sample: Sample, seed: int, index: int) -> Sample:
-    """With a prompt in words, as the model was trained."""
-    text, pooled = embed([prompt((3 * seed + 4 * index) % len(NUMBERS), "bold" if index else None)])
+    """With prompts in words, as the model was trained."""
+    count = len(sample.inputs["timestep"])
+    prompts = [prompt((3 * seed + 4 * index + 7 * i) % len(NUMBERS), (None, *WEIGHTS)[i % 3]) for i in range(count)]
+    text, pooled = embed(prompts)
     return replace(sample, inputs={**sample.inputs, "encoder_hidden_states": text, "pooled_projections": pooled})
 
 

@@ -184,6 +184,7 @@ def engine_under_test(bundle: Bundle, target: Target, whole: bool, *, runs: bool
         BundleError: the bundle lacks what it needs.
         MachineError: it cannot run here.
     """
+    plan = bundle_plan(bundle)
     if target.flavour is None:
         record, files = None, [engine_graph(bundle, target.name)]
         graph = onnx.load(files[0], load_external_data=False)
@@ -192,7 +193,7 @@ def engine_under_test(bundle: Bundle, target: Target, whole: bool, *, runs: bool
         if runs:
             check_runs_here(record, target)
         graph = onnx.load(bundle.file("model.onnx"), load_external_data=False)
-        dialect = stepped_dialect_of(target, bundle.precision)
+        dialect = stepped_dialect_of(target, bundle.precision, bf16_attentions=bool(plan.bf16_attentions))
         if dialect != "standard":
             graph = ir.to_proto(lower(ir.from_proto(graph), dialect)[0])
     return EngineUnderTest(
@@ -207,7 +208,7 @@ def engine_under_test(bundle: Bundle, target: Target, whole: bool, *, runs: bool
         record=record,
         outputs=tuple(bundle.manifest.fields["outputs"]),
         whole=whole,
-        plan=bundle_plan(bundle),
+        plan=plan,
     )
 
 

@@ -230,6 +230,12 @@ def programs_for() -> Callable[..., Mapping[str, Program]]:
 
 
 @pytest.fixture(scope="session")
+def exported_once() -> Callable[[ModelSpec], contextlib.AbstractContextManager[None]]:
+    """A context in which whole exports of a model trace no kind of call twice in a session: ``exported_once(spec)``."""
+    return _exported_once
+
+
+@pytest.fixture(scope="session")
 def fused_for() -> Callable[..., Mapping[str, ir.Function]]:
     """The fused fp16 functions of a model's kinds, of exports made once a session: ``fused_for(spec, *names)``.
 

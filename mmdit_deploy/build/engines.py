@@ -107,11 +107,15 @@ def build_target(
                     fused_attention=fused,
                     progress=progress,
                 )
-                expected = implied_by_call(spec, run)
-                profiles = len(contract.profiles)
                 fp8 = {call: len(plan.attentions[call]) for call in run if plan.attentions.get(call)}
                 attentions = check_fusion(
-                    graph, built.layers, expected, fused=fused, profiles=profiles, what=what, fp8=fp8
+                    graph,
+                    built.layers,
+                    implied_by_call(spec, run),
+                    fused=fused,
+                    profiles=len(contract.profiles),
+                    what=what,
+                    fp8=fp8,
                 )
                 quantized = check_quantization(graph, built.layers, plan, run, what=what)
             layers[file], files[file] = at_opt(built.layers, graph, contract.profiles), built.file
@@ -170,6 +174,9 @@ def _lowered(
             received=f"{batched} of them are in it",
             fix="report this as a bug: the build would take a third more memory",
         )
+    for value in (value for function in lowered.functions.values() for value in function.inputs):
+        if value.type is None:  # of one type in some calls, and of another in others: ONNX has no shape without
+            value.shape = None
     made = ir.to_proto(lowered)
     check_modulations(made, graph, modulations)
     return made
@@ -210,7 +217,8 @@ def _summary(record: EngineRecord, spec: ModelSpec) -> str:
     fusion = f"{fused} of {attentions} attentions fused" if fused else f"{attentions} attentions written out"
     if fp8 := sum(record.fp8_attentions.values()):
         fusion += f", {fp8} of them in FP8"
-    fusion += "".join(f", {n} products by {scheme}" for scheme, n in record.quantized_by_scheme.items())
+    quantized = [f"{n} {scheme}" for scheme, n in record.quantized_by_scheme.most_common()]
+    fusion += f", quantized products: {' and '.join(quantized)}" if quantized else ""
     seconds = sum(segment.seconds for segment in record.segments)
     memory = record.activation_bytes
     activations = "" if memory is None else f"{memory / 1e9:.2f} GB of activations, "

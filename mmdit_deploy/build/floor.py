@@ -127,12 +127,13 @@ class _Types:
         return _Types(element, own, len(plan.attentions.get(call, ())))
 
     def weight(self, layer: str, k: int, n: int) -> int:
-        """Bits of a layer's weight [n, k] and its scales."""
+        """Bits of a layer's weight [n, k] and its scales, but for single numbers."""
         scheme = self.schemes.get(layer)
         if scheme is None:
             return k * n * self.element
         if scheme.block is None:
-            return k * n * _BITS[scheme.weights] + n * self.element
+            factors = n + (k if scheme.smooth else 0)
+            return k * n * _BITS[scheme.weights] + factors * self.element
         return k * n * _BITS[scheme.weights] + k * n // scheme.block * (
             _E4M3 if scheme.weights == "fp4" else self.element
         )

@@ -35,6 +35,7 @@ WORDS: Mapping[str, frozenset[str]] = {
     "fp4": frozenset({"FP4E2M1", "FP4"}),
     "int4": frozenset({"Int4"}),
 }
+_WIDE = frozenset({"Half", "BFloat16", "BF16", "Float"})
 _SHOWN = 8  # problems in one message
 
 
@@ -173,8 +174,13 @@ def _fallen_back(product: QuantizedProduct, kernels: Sequence[EngineLayer]) -> I
         if kernel.constants is not None and not _of(kernel.constants, words):
             yield f"{where} fell back: {kernel.name} has {_types(kernel.constants)} for weights, and no {_shown(words)}"
     for kernel in kernels:
-        if product.weights in kernel.sources and kernel not in own:
+        if product.weights in kernel.sources and kernel not in own and _expands(kernel, words):
             yield f"{where} fell back: {kernel.name} expands its weights"
+
+
+def _expands(kernel: EngineLayer, words: Collection[str]) -> bool:
+    """Whether a kernel makes wide numbers of quantized ones; that which arranges NVFP4's scales makes none."""
+    return _of(kernel.outputs, _WIDE) and (kernel.constants is None or _of(kernel.constants, words))
 
 
 def _of(tensors: Collection[LayerTensor], words: Collection[str]) -> bool:

@@ -93,29 +93,34 @@ def check_targets(names: Sequence[str], precision: Precision, schemes: Collectio
     return targets
 
 
-def dialect_of(target: Target, precision: Precision) -> str:
-    """The graph dialect that a target runs at a precision."""
+def dialect_of(target: Target, precision: Precision, *, bf16_attentions: bool = False) -> str:
+    """The graph dialect that a target runs at a precision.
+
+    Args:
+        bf16_attentions: an fp16 model has attentions that are computed in bf16.
+    """
     if target.flavour is not None:
         return "trt"
-    return _emulating("ort", precision, on_cpu=target.name == "ort-cpu")
+    bf16 = bf16_attentions or precision.base == "bf16"
+    return _emulating("ort", precision, bf16=bf16 and target.name == "ort-cpu")
 
 
-def stepped_dialect_of(target: Target, precision: Precision) -> str:
+def stepped_dialect_of(target: Target, precision: Precision, *, bf16_attentions: bool = False) -> str:
     """The dialect that verification steps through, call by call, on ONNX Runtime.
 
     Of a TensorRT target it is the standard graph, on the CPU: an engine cannot be stepped through.
     """
     if target.flavour is None:
-        return dialect_of(target, precision)
-    return _emulating("standard", precision, on_cpu=True)
+        return dialect_of(target, precision, bf16_attentions=bf16_attentions)
+    return _emulating("standard", precision, bf16=bf16_attentions or precision.base == "bf16")
 
 
-def _emulating(dialect: str, precision: Precision, *, on_cpu: bool) -> str:
+def _emulating(dialect: str, precision: Precision, *, bf16: bool) -> str:
     """A dialect that ONNX Runtime can run: it has no kernels for bf16 on CPU, and none for FP4 anywhere.
 
     What it has not is emulated, and reports call it so.
     """
-    emulated = ["fp4"] * (precision.name == "fp4") + ["bf16"] * (on_cpu and precision.base == "bf16")
+    emulated = ["fp4"] * (precision.name == "fp4") + ["bf16"] * bf16
     return "-".join([dialect, "emulated", *emulated]) if emulated else dialect
 
 

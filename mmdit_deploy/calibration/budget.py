@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmdit_deploy.calibration.observe import Progress
 from mmdit_deploy.calibration.sensitivity import Row, Sensitivity, sensitivity
-from mmdit_deploy.calibration.what_if import Distance, Part, Progress, effects
+from mmdit_deploy.calibration.what_if import Distance, Part, effects
 from mmdit_deploy.checkpoint.weights import WeightSource
 from mmdit_deploy.eager.program import Program
 from mmdit_deploy.eager.programs import programs_of

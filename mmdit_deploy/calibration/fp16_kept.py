@@ -80,8 +80,8 @@ class Kept:
             amax = amax_by_value(places, ranges.get(call.path, {}))
             for name in dict.fromkeys([*amax, *sorted(own), *sorted(islands & amax.keys())]):
                 why = self._why(call, name) or ("shared" if name in own else "neighbour" if name in islands else "")
-                dtype = "fp32" if why else "fp16"
-                made.append(TensorPlan(call.path, name, named.get(name, name), amax.get(name, 0.0), dtype, why))
+                label, largest = named.get(name, name), amax.get(name, 0.0)
+                made.append(TensorPlan(call.path, name, label, largest, "fp32" if why else "fp16", why))
         return made
 
     def _why(self, call: Call, name: str) -> Why:

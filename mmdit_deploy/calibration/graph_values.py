@@ -66,8 +66,9 @@ class GraphValues:
         self.attentions: dict[str, ir.Node] = {}
         operators = [n for n in program.module.graph.nodes if n.op == "call_function"]
         for operator in operators:
-            if self._value(operator) is not None and is_computed(operator, program.dtype):
-                self.values[operator.name] = self._value(operator)
+            value = self._value(operator)
+            if value is not None and is_computed(operator, program.dtype):
+                self.values[operator.name] = value
         for operator in operators:
             if operator.name not in self.values and is_computed(operator, program.dtype):
                 self._place(operator)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmdit_deploy.calibration.what_if import Distance, Effect, Part, Progress, effects
+from mmdit_deploy.calibration.observe import Progress
+from mmdit_deploy.calibration.what_if import Distance, Effect, Part, effects
 from mmdit_deploy.checkpoint.weights import WeightSource
 from mmdit_deploy.eager.program import Program
 from mmdit_deploy.model import calls
@@ -139,7 +140,7 @@ def sensitivity(
         found += effects(spec, source, plan, parts, samples, programs=programs, progress=progress)
     return Sensitivity(
         tuple(
-            Row(unit, Distance.worst(effect.output), Distance.worst(effect.local))
+            Row(unit, Distance.worst(effect.output), Distance.worst(effect.local or ()))
             for unit, effect in zip(units, found, strict=True)
         )
     )

@@ -25,6 +25,7 @@ _STREAMS = {
 _PRODUCTS = ("MatMul", "Gemm")
 _MOVES = ("Expand", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze", "Cast")
 _MODULATED = {1: "scale", 2: "shift"}
+_LONGEST = 60  # characters: what is made of many values is called after its node
 
 
 def labels(function: ir.Function) -> dict[str, str]:
@@ -38,10 +39,13 @@ class _Words:
     def __init__(self, function: ir.Function):
         self._outputs = {v.name for v in function.outputs}
         self._one_stream = all(v.name != "encoder_hidden_states" for v in function.inputs)
+        self._has_streams = any(n.op_type in (GATED_RESIDUAL, "LayerNormalization") for n in function)
 
     def of(self, value: ir.Value) -> str:
         name, node = value.name or "", value.producer()
         if node is None or name in self._outputs:
+            if node is None and not self._has_streams:
+                return name.replace("_", " ")
             if self._one_stream and name == "hidden_states":
                 return "residual stream, entering"
             return _STREAMS.get(name, name.replace("_", " "))
@@ -53,12 +57,13 @@ class _Words:
             return f"modulated norm, input of {', '.join(_linears_behind(value)) or 'what follows'}"
         if node.op_type == "RMSNormalization":
             weight = node.inputs[1]
-            return f"norm {(weight.name or '').removesuffix('.weight')}" if weight is not None else "norm"
+            return "norm " + ((weight.name if weight is not None else None) or "").removesuffix(".weight")
         if node.op_type == "LayerNormalization":
             return f"norm of the {self._stream(node.inputs[0])}"
         if node.op_type == "Attention":
             return "attention's output"
-        return self._modulation(value) or self._moved(value, node)
+        label = self._modulation(value) or self._moved(value, node)
+        return label if len(label) <= _LONGEST else f"{node.op_type.lower()} {name}"
 
     def _stream(self, value: ir.Value | None) -> str:
         """Whose residual stream a value is in."""

@@ -153,8 +153,9 @@ class _Quantized:
                 return self._linear(node, arguments, part)
             if node.target is _ATTENTION and self.call.path in part.attentions:
                 seen += 1
+                q, k, v = arguments[:3]
                 mask = arguments[3] if len(arguments) > 3 else None
-                made = simulate_attention(*arguments[:3], self._scales[seen - 1], mask)
+                made = simulate_attention(q, k, v, self._scales[seen - 1], mask)
                 return made.transpose(1, 2).contiguous().transpose(1, 2)  # as SDPA lays it out: it is viewed next
             return None
 

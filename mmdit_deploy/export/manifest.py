@@ -53,7 +53,7 @@ def manifest_fields(
     Args:
         records: of the TensorRT targets, by name.
     """
-    source = request.source
+    source, bf16 = request.source, bool(planned.plan.bf16_attentions)
     return {
         "name": request.spec.name,
         "precision": request.precision.name,
@@ -69,7 +69,7 @@ def manifest_fields(
             "loras": [lora.to_json() for lora in request.loras],
             "file": None if request.graph_only else WEIGHTS,
         },
-        "engines": {} if request.graph_only else {t.name: _engine(request, t, records) for t in targets},
+        "engines": {} if request.graph_only else {t.name: _engine(request, t, records, bf16) for t in targets},
         "recipe": request.recipe,
         "graph": {
             "kinds": list(graphs.kinds),
@@ -81,8 +81,8 @@ def manifest_fields(
     }
 
 
-def _engine(request: ExportRequest, target: Target, records: Mapping[str, EngineRecord]) -> dict[str, Any]:
-    dialect = dialect_of(target, request.precision)
+def _engine(request: ExportRequest, target: Target, records: Mapping[str, EngineRecord], bf16: bool) -> dict[str, Any]:
+    dialect = dialect_of(target, request.precision, bf16_attentions=bf16)
     how = {
         "graph": graph_file(dialect),
         "dialect": dialect,

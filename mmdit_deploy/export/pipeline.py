@@ -103,8 +103,9 @@ def export(request: ExportRequest, log: Log = lambda _: None, plan: Plan | None 
     with staged_bundle(request.directory, force=request.force) as folder:
         planned = plan_precision(request, folder, log)
         layout = planned_layout(spec, planned.plan, {"format": "pt"})
-        shipped = dict.fromkeys(dialect_of(target, precision) for target in targets)
-        stepped = dict.fromkeys(stepped_dialect_of(target, precision) for target in targets)
+        bf16 = bool(planned.plan.bf16_attentions)
+        shipped = dict.fromkeys(dialect_of(target, precision, bf16_attentions=bf16) for target in targets)
+        stepped = dict.fromkeys(stepped_dialect_of(target, precision, bf16_attentions=bf16) for target in targets)
         graphs = build_graphs(
             spec,
             contract,
@@ -171,6 +172,7 @@ def _verify(
     """Verify every target and record the reference; the verdicts in the order of the targets."""
     cases = default_cases(contract, request.precision, thorough=request.thorough)
     recorder = ReferenceRecorder(cases)
+    bf16 = bool(plan.bf16_attentions)
     engines = [
         EngineUnderTest(
             name=request.directory.name,
@@ -178,9 +180,9 @@ def _verify(
             spec=request.spec,
             contract=contract,
             precision=request.precision,
-            graph=graphs.of(stepped_dialect_of(target, request.precision)),
+            graph=graphs.of(stepped_dialect_of(target, request.precision, bf16_attentions=bf16)),
             folder=folder,
-            files=_engine_files(target, request, folder, records),
+            files=_engine_files(target, request, folder, records, bf16),
             record=records.get(target.name),
             outputs=request.outputs,
             plan=plan,
@@ -213,11 +215,11 @@ def _verify(
 
 
 def _engine_files(
-    target: Target, request: ExportRequest, folder: Path, records: Mapping[str, EngineRecord]
+    target: Target, request: ExportRequest, folder: Path, records: Mapping[str, EngineRecord], bf16: bool
 ) -> tuple[Path, ...]:
     if target.name in records:
         return tuple(folder / segment.file for segment in records[target.name].segments)
-    return (folder / graph_file(dialect_of(target, request.precision)),)
+    return (folder / graph_file(dialect_of(target, request.precision, bf16_attentions=bf16)),)
 
 
 _MORE_PRECISE = {

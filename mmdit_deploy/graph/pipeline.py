@@ -94,13 +94,23 @@ def build_graphs(
     for dialect in [d for d in dict.fromkeys(dialects) if d != "standard"]:
         lowered[dialect], passes[dialect] = lower(model, dialect)
         check_census(lowered[dialect], implied_lowered(spec, dialect, plan), dialect)
-    standard = ir.to_proto(model)
-    protos = {dialect: ir.to_proto(graph) for dialect, graph in lowered.items()}
+    standard = _written(model)
+    protos = {dialect: _written(graph) for dialect, graph in lowered.items()}
     clock.append(time.perf_counter())
 
     stages = ("trace", "assemble", "fuse", "lower")
     seconds = {stage: end - start for stage, (start, end) in zip(stages, itertools.pairwise(clock), strict=True)}
     return Graphs(standard, protos, census, passes, tuple(functions), seconds)
+
+
+def _written(model: ir.Model) -> onnx.ModelProto:
+    """The graph as a file has it. Of initializers it says the type and shape once: they are most of its values."""
+    proto = ir.to_proto(model)
+    initializers = {tensor.name for tensor in proto.graph.initializer}
+    rest = [value for value in proto.graph.value_info if value.name not in initializers]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(rest)
+    return proto
 
 
 def _spans(spec: ModelSpec, layout: Layout) -> dict[str, Span]:

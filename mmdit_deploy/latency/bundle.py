@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from mmdit_deploy.build import execution_of, parse_target
 from mmdit_deploy.bundle import Bundle, open_bundle
+from mmdit_deploy.calibration.bundle_plan import bundle_plan
 from mmdit_deploy.checkpoint import SafetensorsFile
 from mmdit_deploy.checkpoint.keys import parameters
-from mmdit_deploy.checkpoint.weights import FileWeights, read_parameter
+from mmdit_deploy.checkpoint.weights import FileWeights, WeightSource, read_parameter
 from mmdit_deploy.errors import UsageError
 from mmdit_deploy.latency.timing import Run, Timing, time_interleaved
 from mmdit_deploy.machine import machine_facts
 from mmdit_deploy.model import MMDiT
+from mmdit_deploy.precision.weights import QuantizedWeights
 from mmdit_deploy.report.words import machine_words, printable
 from mmdit_deploy.runtime import Engine, available_memory, check_runnable, engine_files, runnable_target
 from mmdit_deploy.runtime.tensorrt import choose_profile
@@ -197,7 +199,11 @@ def _lacking_memory(bundle: Bundle, dtype: torch.dtype, device: torch.device) ->
 
 def _eager_model(bundle: Bundle, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The reference model with the bundle's own weights."""
-    source = FileWeights(SafetensorsFile(bundle.file("weights.safetensors")), "bundle")
+    file = SafetensorsFile(bundle.file("weights.safetensors"))
+    source: WeightSource = FileWeights(file, "bundle")
+    if bundle.precision.quantized:
+        schemes = {path: layer.scheme for path, layer in bundle_plan(bundle).linears.items()}
+        source = QuantizedWeights(bundle.spec, file, schemes, "bundle")
     with torch.device("meta"):
         model = MMDiT(bundle.spec)
     state = {p.path: read_parameter(source, p, dtype).to(device) for p in parameters(bundle.spec)}

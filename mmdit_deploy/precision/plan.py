@@ -17,8 +17,8 @@ class LinearPlan:
 
     Args:
         scheme: one of `SCHEMES`.
-        input_amax: largest |x| that calibration says the layer takes, after smoothing. INT8 saturates beyond it, FP8 and
-            FP4 beyond twice as much: floats have an octave to spare. None where the scheme finds it while running.
+        input_amax: largest |x| that calibration says the layer takes, after smoothing. INT8 saturates beyond it, FP8
+            and FP4 beyond twice as much: floats have an octave to spare. None where it is found while running.
         pre_quant_scale: of a smoothed input: [in] fp32, what it is multiplied by.
     """
 

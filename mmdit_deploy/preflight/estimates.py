@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from mmdit_deploy.build import Target
+from mmdit_deploy.calibration.trajectory import PROMPTS, SIZES, STEPS
 from mmdit_deploy.checkpoint.keys import parameters
 from mmdit_deploy.contract import Contract
 from mmdit_deploy.model import calls
@@ -59,6 +60,8 @@ COMFORT = 0.9  # of the available memory: what the weights of a build and its me
 # Taken to be arithmetic, and so to grow with parameters × tokens: 2.03e9 × 4083 there. Other sizes were not measured.
 VERIFY_SECONDS_PER_VALUE_AND_TOKEN = 179 / 2.03e9 / 4083
 WHOLE_SECONDS_PER_VALUE_AND_TOKEN = 168 / 2.03e9 / 4083
+# Not measured: one evaluation of the eager model, of the four (two of them the engine's) of verification.
+CALIBRATE_SECONDS_PER_VALUE_AND_TOKEN = VERIFY_SECONDS_PER_VALUE_AND_TOKEN / 4
 VERIFY_MEMORY = 350_000_000
 VERIFY_BLOCK_FACTOR = 3  # over the largest call's weights in fp32 (eager call, session, its copy): fitted to 1.06 GB
 VERIFY_BYTES_PER_TOKEN_AND_CHANNEL = 8  # computed, not measured: both chains' streams, of all cases at once
@@ -100,7 +103,8 @@ def make_plan(
     numel = sum(p.numel for p in table)
     quantized = quantized or PrecisionPlan(precision)
     total = planned_layout(spec, quantized, {"format": "pt"}).total_bytes
-    stages = [Stage("graph", GRAPH_SECONDS, GRAPH_MEMORY, disk_bytes=GRAPH_DISK)]
+    stages = [_calibration(spec, numel)] if calibrated else []
+    stages.append(Stage("graph", GRAPH_SECONDS, GRAPH_MEMORY, disk_bytes=GRAPH_DISK))
     counts: dict[str, int] = {}
     largest_of = _largest_segment(spec, quantized)
     if not graph_only:
@@ -123,8 +127,21 @@ def make_plan(
             for target in cut:
                 stages.append(_build(target, total, largest_of, count, auto, profiles, memory))
         if verify:
-            stages += _verifications(spec, numel, targets, default_cases(contract, precision, thorough=thorough), memory, thorough)
+            cases = default_cases(contract, precision, thorough=thorough)
+            stages += _verifications(spec, numel, targets, cases, memory, thorough)
     return Plan(numel, total, tuple(stages), counts, memory)
+
+
+def _calibration(spec: ModelSpec, numel: int) -> Stage:
+    """Trajectories of the eager model; weights are kept between steps only where there is room."""
+    tokens = PROMPTS * sum(rows * cols + txt_tokens for rows, cols, txt_tokens in SIZES)
+    return Stage(
+        "calibrate",
+        numel * tokens * STEPS * CALIBRATE_SECONDS_PER_VALUE_AND_TOKEN,
+        VERIFY_MEMORY
+        + max(call_bytes(spec, PRECISIONS["fp32"]).values())
+        + tokens * (VERIFY_BYTES_PER_TOKEN_AND_CHANNEL * spec.width + 4 * spec.mlp_width),
+    )
 
 
 def _largest_segment(spec: ModelSpec, plan: PrecisionPlan) -> Callable[[int], int]:

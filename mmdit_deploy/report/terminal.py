@@ -38,7 +38,7 @@ def verdict_text(verdict: Verdict) -> str:
         *_entry("weights", verdict.weights),
         *_entry("reference", verdict.reference),
         *(line for words in _tolerances(verdict) for line in _entry("tolerance", words)),
-        *(line for words in floor_words(verdict) for line in _entry("noise floor", words)),
+        *(line for words in floor_words(verdict) for line in _entry("floor", words)),
     ]
     if verdict.checks:
         lines += ["", *_table(verdict), *_images(verdict)]

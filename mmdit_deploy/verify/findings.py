@@ -135,10 +135,8 @@ class Bisection:
         """For people."""
         head = f"{self.bundle}, {self.target}, {self.precision}: "
         what = "recorded values" if self.weights is None else "values inside of them"
-        looked = (
-            f"{self.calls} of {self.of_calls} calls, {self.values} {what} "
-            f"(at most {self.worst:.0%} of the rel-L2 that is allowed, {self.tolerance['max_rel_l2']:g}), on {self.graph}"
-        )
+        allowed = f"rel-L2 up to {self.worst:.0%} of what is allowed, {self.tolerance['max_rel_l2']:g}"
+        looked = f"{self.calls} of {self.of_calls} calls, {self.values} {what} ({allowed}), on {self.graph}"
         if self.found is not None:
             return f"{head}the first thing wrong is in {self.found}\n  looked at: {looked}"
         weights = "" if self.weights is None else f"\n  every weight is what {self.weights} gives"

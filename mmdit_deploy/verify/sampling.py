@@ -5,6 +5,7 @@ x, t ─► inputs without and with the prompt ─► model ─► guided veloci
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -38,19 +39,23 @@ class Sampler:
         steps: calls of the model, two at once with guidance.
         shift: of noise levels; SD3's is 3, `dynamic_shift` gives FLUX's.
         guidance: classifier-free, by how much; None for none.
+
+    Raises:
+        UsageError: there are no such steps, or no such shift or guidance.
     """
 
     steps: int = 20
     shift: float = 3.0
     guidance: float | None = None
 
+    def __post_init__(self) -> None:
+        _ = self.sigmas  # raises
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise UsageError("guidance is a number", received=f"{self.guidance}", fix="e.g. 4.5, or leave it out")
+
     @property
     def sigmas(self) -> Tensor:
-        """Noise levels [steps + 1], fp32.
-
-        Raises:
-            UsageError: there are no such steps, or no such shift.
-        """
+        """Noise levels [steps + 1], fp32."""
         return schedule(self.steps, self.shift)
 
     def __str__(self) -> str:

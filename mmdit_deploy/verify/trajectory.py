@@ -150,12 +150,13 @@ def with_trajectories(
     """
     begun = time.perf_counter()
     cases = cases or default_cases(engine.contract)[:1]
+    # Before anything is loaded: it says whether there is a trajectory.
+    starts = [Start.drawn(engine.spec, engine.contract, case, sampler) for case in cases]
     checks: list[Check] = []
     records: list[Trajectory] = []
     with ExitStack() as stack:
         asked, eager, floor, how = _models(engine, source, noise_floor, stack)
-        for case in cases:
-            start = Start.drawn(engine.spec, engine.contract, case, sampler)
+        for start in starts:
             sampled = sample_both(asked, eager, start, sampler, engine.bounds, how=how, floor=floor, progress=progress)
             records.append(sampled.record)
             checks += sampled.checks

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import pytest
+import torch
 
 from mmdit_deploy.build.floor import Floor, floors
 from mmdit_deploy.model.kinds import joint_block, single_block
-from mmdit_deploy.spec import ModelSpec, from_depth
+from mmdit_deploy.precision import SCHEMES, AttentionScales, LinearPlan, PrecisionPlan, linears, stored
+from mmdit_deploy.spec import PRECISIONS, ModelSpec, from_depth
 
 # Small enough to count: 2 samples of 5 image and 3 text tokens, 16 wide, the MLP 32.
 SMALL = ModelSpec("small", depth=2, num_heads=2, head_dim=8, mlp_ratio=2, qk_norm=False, bias=False)
@@ -120,3 +123,31 @@ def test_each_weight_is_read_once(tiny_families: Mapping[str, ModelSpec]) -> Non
 
 def test_of_some_calls() -> None:
     assert list(floors(SMALL, FEW, 2, ["conditioning", "blocks.1"])) == ["blocks.1"]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_quantized_weights_are_read_as_they_are_stored(scheme: str) -> None:
+    spec = dataclasses.replace(SMALL, num_heads=8, bias=True)  # 64 wide: whole blocks of inputs
+    paths = [path for path in linears(spec) if path.startswith("blocks.0.")]
+    plan = PrecisionPlan(PRECISIONS["fp16"], {path: LinearPlan(SCHEMES[scheme]) for path in paths})
+    weights = 0
+    for path in paths:
+        rows, columns = linears(spec)[path].shape
+        tensors = stored(SCHEMES[scheme], rows, columns, torch.float16)
+        weights += sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors if t.shape) + 2 * rows  # and the bias
+    assert floors(spec, NOTHING, 2, ["blocks.0"], plan) == {"blocks.0": Floor(weights, 0)}
+
+
+def test_activations_between_quantized_products_are_as_small_as_they_can_be() -> None:
+    """FP8: Q, K and V written and read, O and the hidden activations; x stays in the compute type."""
+    scheme = SCHEMES["fp8"]
+    paths = [path for path in linears(SMALL) if path.startswith("blocks.0.")]
+    linear = PrecisionPlan(PRECISIONS["fp16"], {path: LinearPlan(scheme) for path in paths})
+    both = dataclasses.replace(linear, attentions={"blocks.0": (AttentionScales(1, 1, 1),)})
+    rows, width, hidden = 2 * (5 + 3), 16, 32
+    (plain, quantized, attention) = (floors(SMALL, FEW, 2, ["blocks.0"], p)["blocks.0"] for p in (None, linear, both))
+    (full, less) = (floors(SMALL, NOTHING, 2, ["blocks.0"], p)["blocks.0"].nbytes for p in (None, linear))
+    activations = plain.nbytes - full, quantized.nbytes - less
+    assert activations[0] - activations[1] == rows * (2 * width + 2 * hidden)  # O and hidden, each written and read
+    assert quantized.nbytes - attention.nbytes == rows * 2 * 3 * width
+    assert plain.flops == quantized.flops == attention.flops

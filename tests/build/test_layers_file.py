@@ -198,6 +198,9 @@ def test_any_other_value_anywhere_is_read_or_refused(path: Path) -> None:
         ("files.segment-0.engine.layers.0.constants.0.3", "1", "constants[0][3]: '1'"),
         ("files.segment-0.engine.layers.0.flops", 0.5, "flops: 0.5"),
         ("engine.segments.0.floors.0", {"blocks.0": {"bytes": 1}}, "floors[0].'blocks.0': no flops"),
+        ("engine.segments.0.fp8_attentions", {"blocks.0": 1}, "fp8_attentions {}"),
+        ("engine.quantized_products", {"fp8": 1}, "quantized_products {'fp8': 1}"),
+        ("engine.segments.0.quantized_products", {"blocks.0": 1}, "quantized_products.'blocks.0': 1"),
         ("engine.segments.0.floors", [{}, {}], "floors of another number than the 1 profiles"),
         ("files.segment-0.engine.layers.0.profile", -1, "profile: -1"),
         ("files.segment-0.engine.layers.0.profile", 1, "beyond the 1"),
@@ -213,9 +216,10 @@ def test_what_is_wrong_is_named(where: str, value: Any, word: str, path: Path) -
 
 def test_a_missing_field_is_named(path: Path) -> None:
     document, sizes = json.loads(path.read_text()), {"constants", "flops"}
+    later = {"activation_bytes", "fp8_attentions", "quantized_products"}
     fields = [
-        (("engine",), {*document["engine"]} - {"activation_bytes"}),
-        (("engine", "segments", 1), {*document["engine"]["segments"][1]} - {"activation_bytes", "floors"}),
+        (("engine",), {*document["engine"]} - later),
+        (("engine", "segments", 1), {*document["engine"]["segments"][1]} - later - {"floors"}),
         (("engine", "segments", 1, "outputs", 0), {"name", "axes", "dtype"}),
         (("files", "segment-1.engine"), {"bytes", "sha256", "layers"}),
         (("files", "segment-1.engine", "layers", 0), {*document["files"]["segment-1.engine"]["layers"][0]} - sizes),
@@ -225,6 +229,16 @@ def test_a_missing_field_is_named(path: Path) -> None:
             of = functools.reduce(lambda at, step: at[step], steps, document)
             path.write_text(json.dumps(changed(document, steps, {k: v for k, v in of.items() if k != name})))
             refused(path, f"no {name}")
+
+
+def test_what_is_quantized_may_be_missing(path: Path) -> None:
+    """Versions that quantized nothing did not write it."""
+    document = json.loads(path.read_text())
+    for place in (document["engine"], *document["engine"]["segments"]):
+        del place["fp8_attentions"], place["quantized_products"]
+    path.write_text(json.dumps(document))
+    record = read_layers(path)[0]
+    assert not record.fp8_attentions and not record.quantized_by_scheme
 
 
 def test_activation_memory_may_be_missing(path: Path) -> None:

@@ -7,7 +7,7 @@ bench/digits.py does the same with more images, and draws the picture.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,10 +17,35 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmdit_deploy.cli.export import main as mmdit_export
 from mmdit_deploy.runtime import Engine
 
-PRECISIONS = ("fp16",)
+# What `make test` shows; the others take `make soak` as long again, and bench/digits.py has all of them.
+PRECISIONS = ("fp16", "fp8", "fp4", *(pytest.param(name, marks=pytest.mark.soak) for name in ("bf16", "int8", "w4a16")))
+# Relative L2 of the latent, worst step: three times what was measured. Accuracy alone says little: half of a latent may
+# be wrong before the judge sees another digit.
+LATENT_ERRORS = {"fp16": 3e-3, "bf16": 3e-2, "int8": 4e-2, "w4a16": 0.18, "fp8": 0.18, "fp4": 0.5}
+
+
+def no_attention(name: str, weight: Tensor) -> None:
+    """Attention adds nothing."""
+    if "attn_out" in name:
+        weight.zero_()
+
+
+def swap_q_and_k(name: str, weight: Tensor) -> None:
+    """Of every block and stream."""
+    if "qkv.proj" in name:
+        q, k, v = weight.chunk(3)
+        weight.copy_(torch.cat([k, q, v]))
+
+
+def one_bit(name: str, weight: Tensor) -> None:
+    """A precision that is not enough."""
+    if name.startswith("blocks") and weight.ndim == 2:
+        weight.copy_(weight.sign() * weight.abs().amax())
+
+
+FAULTS = {"no attention": no_attention, "Q and K swapped": swap_q_and_k, "1-bit weights": one_bit}
 READ = ("encoder_hidden_states", "pooled_projections")
 
 
@@ -51,16 +76,24 @@ def test_without_the_words_the_digits_are_not_those_asked_for(digits: ModuleType
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_an_engine_draws_as_well_as_eager(
-    precision: str, digits: ModuleType, judge: Any, eager_score: Any, tmp_path: Path
+    precision: str, digits: ModuleType, judge: Any, eager_score: Any, export_digits: Callable[[str], Path]
 ) -> None:
-    out = tmp_path / precision
-    assert mmdit_export(digits.export_arguments(precision, out)) == 0
-    with Engine.load(out, "ort-cpu") as opened:
+    with Engine.load(export_digits(precision), "ort-cpu") as opened:
         score = digits.digits_accuracy(digits.engine(opened), judge, len(eager_score.images))
     assert 100 * (eager_score.accuracy - score.accuracy) <= digits.POINTS[precision]
     assert score.weight_accuracy >= eager_score.weight_accuracy - 0.05
-    errors = digits.step_errors(score.latents, eager_score.latents)
-    assert len(errors) == digits.STEPS and np.isfinite(errors).all()
+    assert max(digits.step_errors(score.latents, eager_score.latents)) <= LATENT_ERRORS[precision]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_judge_sees_a_wrong_model(fault: str, digits: ModuleType, judge: Any, eager_score: Any) -> None:
+    """Far more points are lost than any precision may lose."""
+    model = digits.load()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            FAULTS[fault](name, weight)
+    score = digits.digits_accuracy(lambda inputs: model(**inputs), judge, 30, steps=6)
+    assert 100 * (eager_score.accuracy - score.accuracy) > 10 * max(digits.POINTS.values())
 
 
 def test_the_checkpoint_is_one_of_diffusers(digits: ModuleType) -> None:

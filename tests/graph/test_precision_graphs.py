@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ from mmdit_deploy.eager.calls import EagerCalls
 from mmdit_deploy.eager.program import Program
 from mmdit_deploy.errors import GraphError
 from mmdit_deploy.graph.census import check_census, implied, implied_lowered
+from mmdit_deploy.graph.extract import extract_call
+from mmdit_deploy.graph.function_types import callers_first, type_function_inputs
 from mmdit_deploy.graph.lower import lower
 from mmdit_deploy.graph.modulations import check_modulations
 from mmdit_deploy.graph.pipeline import Graphs
 from mmdit_deploy.graph.precision.apply import apply_plan
-from mmdit_deploy.model import calls
+from mmdit_deploy.model import Call, calls
 from mmdit_deploy.precision import SCHEMES, AttentionScales, LinearPlan, PrecisionPlan, linears, role_of
 from mmdit_deploy.precision.quantize import attention_scales, quantize_weight, simulate, simulate_attention
 from mmdit_deploy.precision.structure import attentions, unread
@@ -38,8 +40,9 @@ from mmdit_deploy.verify.metrics import compare
 SOURCE = RandomWeights(3)
 CASE = Case(2, 4, 6, 5, timestep=500.25)
 BLOCKS = ("attention", "mlp")
-# What ONNX Runtime and torch sum differently moves a number into the next step of its format now and then.
-TOLERANCE = 1e-3
+# ONNX Runtime and torch sum in another order, which moves a number into the next step of its format now and then. One
+# call comes to 1e-6 where none is moved; through a whole model one that is moved in the first block moves others.
+LOCAL, WHOLE = 2e-4, 5e-3
 
 PlannedGraphs = Callable[..., Graphs]
 Save = Callable[..., Path]
@@ -78,12 +81,21 @@ def plan_of(
     return PrecisionPlan(PRECISIONS[compute] if base is None else precision(compute, base), planned, in_fp8, **more)
 
 
+def in_ir(graph: onnx.ModelProto) -> ir.Model:
+    """As passes read it: functions of a file do not say of what type their inputs are."""
+    model = ir.from_proto(graph)
+    type_function_inputs(model, callers_first(model))
+    return model
+
+
 def inputs_of(spec: ModelSpec, plan: PrecisionPlan) -> dict[str, Tensor]:
     return case_inputs(CASE, Contract.of(spec, plan.precision), spec)
 
 
-def torch_sample(spec: ModelSpec, plan: PrecisionPlan, programs: Mapping[str, Program]) -> Tensor:
-    """What the plan says, operator by operator."""
+def torch_calls(
+    spec: ModelSpec, plan: PrecisionPlan, programs: Mapping[str, Program]
+) -> Iterator[tuple[Call, dict[str, Tensor], tuple[Tensor, ...]]]:
+    """Each call, what it is given by name and what it makes; computed as the plan says, operator by operator."""
     compute, eager = getattr(torch, plan.precision.dtype), EagerCalls(spec, SOURCE)
     values = {n: t.float() if t.is_floating_point() else t for n, t in inputs_of(spec, plan).items()}
     for call in calls(spec):
@@ -106,14 +118,25 @@ def torch_sample(spec: ModelSpec, plan: PrecisionPlan, programs: Mapping[str, Pr
 
         given = dict(zip([t.name for t in call.kind.inputs], [values[n] for n in call.inputs], strict=True))
         made = program.run(given, eager.weights(call), replace=replaced)
+        yield call, {name: values[name] for name in call.inputs}, made
         values.update(zip(call.outputs, made, strict=True))
-    return values["sample"]
+
+
+def torch_sample(spec: ModelSpec, plan: PrecisionPlan, programs: Mapping[str, Program]) -> Tensor:
+    *_, (_, _, (sample,)) = torch_calls(spec, plan, programs)
+    return sample
 
 
 def ort_sample(folder: Path, name: str, spec: ModelSpec, plan: PrecisionPlan) -> Tensor:
     compute = getattr(torch, plan.precision.dtype)
     wanted = [("sample", compute, (CASE.batch, CASE.rows * CASE.cols, spec.out_dim))]
     return run_session(open_session(folder / name, "ort-cpu"), inputs_of(spec, plan), wanted)["sample"].float()
+
+
+def open_call(folder: Path, graph: onnx.ModelProto, call: Call) -> Any:
+    """A session of one call, beside the weights."""
+    onnx.save(extract_call(graph, call.path), folder / "call.onnx")
+    return open_session(folder / "call.onnx", "ort-cpu")
 
 
 @pytest.fixture
@@ -137,12 +160,19 @@ def test_every_family_computes_what_the_plan_says(
     plan = plan_of(spec, schemes, modulation="fp8-weights", fp8_attention=True)
     graphs = planned_graphs(spec, plan, ("ort", "trt"))
     folder = save_planned(tmp_path, spec, SOURCE, plan, graphs)
-    expected = torch_sample(spec, plan, programs_for(spec))
+    programs, plain = programs_for(spec), EagerCalls(spec, SOURCE)
+    for call, given, made in torch_calls(spec, plan, programs):
+        if "." in call.path:
+            session = open_call(folder, graphs.standard, call)
+            wanted = [(n, torch.float32, tuple(t.shape)) for n, t in zip(call.outputs, made, strict=True)]
+            received = run_session(session, given, wanted)
+            without = plain.load(call)(list(given.values()))
+            for name, expected, unquantized in zip(call.outputs, made, without, strict=True):
+                assert compare(received[name], expected).rel_l2 <= LOCAL, call.path
+                assert compare(unquantized, expected).rel_l2 > 5 * LOCAL  # the quantization is seen
     for file in ("model.onnx", "model.ort.onnx", "model.trt.onnx"):
         onnx.checker.check_model(folder / file, full_check=True)
-        assert compare(ort_sample(folder, file, spec, plan), expected).rel_l2 <= TOLERANCE, file
-    plain = torch_sample(spec, PrecisionPlan(plan.precision), programs_for(spec))
-    assert compare(plain, expected).rel_l2 > 2 * TOLERANCE  # the quantization is seen
+        assert compare(ort_sample(folder, file, spec, plan), made[0]).rel_l2 <= WHOLE, file
     used = Counter(linear.scheme.name for linear in plan.linears.values())
     assert {s: graphs.census[f"MatMul ({s})"] for s in SCHEMES} == {s: used[s] for s in SCHEMES}
     joined = [node.name for node in graphs.of("trt").graph.node if ".." in node.name and node.op_type == "MatMul"]
@@ -171,7 +201,7 @@ def test_fp4_is_emulated_on_the_same_bytes(
         assert lowered[weight].data_type == onnx.TensorProto.UINT8 and lowered[weight].dims == [192, 32]
         assert lowered[weight].external_data == initializers[weight].external_data
         made = ort_sample(folder, f"model.{dialect}.onnx", tiny_spec, plan)
-        assert compare(made, expected).rel_l2 <= TOLERANCE, dialect
+        assert compare(made, expected).rel_l2 <= WHOLE, dialect
 
 
 @pytest.mark.parametrize(
@@ -322,7 +352,7 @@ def test_what_is_not_quantized_as_planned_is_refused(
     fault: str, tiny_spec: ModelSpec, planned_graphs: PlannedGraphs
 ) -> None:
     plan = plan_of(tiny_spec, fp8_attention=True)
-    model = ir.from_proto(planned_graphs(tiny_spec, plan).standard)
+    model = in_ir(planned_graphs(tiny_spec, plan).standard)
     check_census(model, implied(tiny_spec, plan), "standard")
     FAULTS[fault](next(f for f in model.functions.values() if f.name == "MMDiTJointBlock_fp8"))
     with pytest.raises(GraphError, match="the standard graph"):
@@ -344,7 +374,7 @@ def test_a_plan_for_another_model_is_refused(
     plain = planned_graphs(tiny_spec, PrecisionPlan(plan.precision)).standard
     other = dataclasses.replace(plan, linears={path: linear_plan("fp8", 64)})
     with pytest.raises(GraphError, match=message):
-        apply_plan(ir.from_proto(plain), other, layout, location="weights.safetensors")
+        apply_plan(in_ir(plain), other, layout, location="weights.safetensors")
 
 
 def test_a_layout_of_another_plan_is_refused(tiny_spec: ModelSpec, planned_graphs: PlannedGraphs) -> None:
@@ -352,7 +382,7 @@ def test_a_layout_of_another_plan_is_refused(tiny_spec: ModelSpec, planned_graph
     plain = planned_graphs(tiny_spec, PrecisionPlan(plan.precision)).standard
     layout = planned_layout(tiny_spec, PrecisionPlan(plan.precision), {"format": "pt"})
     with pytest.raises(ValueError, match="another plan"):
-        apply_plan(ir.from_proto(plain), plan, layout, location="weights.safetensors")
+        apply_plan(in_ir(plain), plan, layout, location="weights.safetensors")
 
 
 def test_names_of_quantize_nodes_are_unique_for_tensorrt(tiny_spec: ModelSpec, planned_graphs: PlannedGraphs) -> None:
@@ -367,5 +397,5 @@ def test_names_of_quantize_nodes_are_unique_for_tensorrt(tiny_spec: ModelSpec, p
     assert all(name.startswith("blocks.") for name in names)
     assert {f.name for f in trt.functions} >= {f"MMDiTJointBlock_fp8_int8_blocks_{i}" for i in range(3)}
     assert not any(node.op_type.startswith("MMDiTFP8") for nodes in scopes for node in nodes)
-    again, _ = lower(ir.from_proto(trt), "trt")
+    again, _ = lower(in_ir(trt), "trt")
     assert sorted(f.name for f in again.functions.values()) == sorted(f.name for f in trt.functions)

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from mmdit_deploy.checkpoint import SafetensorsFile, write_safetensors
-from mmdit_deploy.checkpoint.keys import parameters
+from mmdit_deploy.checkpoint.keys import Part, parameters
 from mmdit_deploy.checkpoint.weights import RandomWeights, read_parameter, stream_parts, weights_layout
 from mmdit_deploy.families import preset
 from mmdit_deploy.model.partition import call_bytes
@@ -141,20 +142,26 @@ def test_odd_sizes_are_padded_to_the_alignment_of_what_follows(spec: ModelSpec, 
         assert all(info.offset % info.dtype.itemsize == 0 for info in file.tensors.values())
 
 
-def test_one_parameter_is_in_memory_at_a_time(spec: ModelSpec) -> None:
-    plan = plan_of(spec, attention="w4a16", mlp="fp4")
-    asked: list[str] = []
+class Watched(RandomWeights):
+    """Random weights that keep the keys that were asked for."""
 
-    class Watched(RandomWeights):
-        def part(self, part):  # type: ignore[no-untyped-def]
-            asked.append(part.key)
-            return super().part(part)
+    def __init__(self, seed: int):
+        super().__init__(seed)
+        self.asked: list[str] = []
 
-    of = {part.key: p for p in parameters(spec) for part in p.parts}
-    for key, _ in stream_planned(spec, Watched(4), plan):
-        if key in of:
-            assert asked[-1] == of[key].parts[-1].key or asked[-1] == key
-            assert set(asked[-len(of[key].parts) :]) <= {part.key for part in of[key].parts} or asked[-1] == key
+    def part(self, part: Part) -> Tensor:
+        self.asked.append(part.key)
+        return super().part(part)
+
+
+def test_a_parameter_is_read_once_and_when_it_is_written(spec: ModelSpec) -> None:
+    source = Watched(4)
+    keys = [part.key for parameter in parameters(spec) for part in parameter.parts]
+    for key, _ in stream_planned(spec, source, plan_of(spec, attention="w4a16", mlp="fp4")):
+        if key in keys:  # its parameter is the last that was read; Q, K and V are read as one
+            ahead = source.asked[keys.index(key) + 1 :]
+            assert key in source.asked and len(ahead) <= 2
+    assert source.asked == keys
 
 
 def test_a_layer_that_the_model_lacks_is_named(spec: ModelSpec) -> None:

@@ -27,7 +27,8 @@ from mmdit_deploy.spec import PRECISIONS, QUANTIZED, ModelSpec, precision
 from mmdit_deploy.verify.findings import Bisection, Finding
 
 DEPTH = 24
-RANGES = {"batch": Range(1, 1, 2), "img_tokens": Range(4, 16, 48), "txt_tokens": Range(1, 8, 16)}
+# Of 32 tokens and more, so that attentions are in FP8 too.
+RANGES = {"batch": Range(1, 1, 2), "img_tokens": Range(32, 35, 48), "txt_tokens": Range(1, 8, 16)}
 NAMES = (*PRECISIONS, *QUANTIZED)
 
 
@@ -323,7 +324,7 @@ def test_a_healthy_model_yields_none(bundle_of: Callable[..., Path], name: str) 
     bisection = bisect_bundle(bundle_of(name, None, 2), full=True)
     assert bisection.found is None, bisection.text()
     assert bisection.calls == bisection.of_calls == 11 and bisection.values > 250
-    assert 0 < bisection.worst < 0.5
+    assert 0 < bisection.worst < 0.75
     assert "nothing is wrong" in bisection.text() and bisection.graph in bisection.text()
 
 

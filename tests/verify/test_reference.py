@@ -17,6 +17,7 @@ from mmdit_deploy.export import ExportRequest
 from mmdit_deploy.families import preset, with_residuals
 from mmdit_deploy.model import calls
 from mmdit_deploy.spec import PRECISIONS, ModelSpec, from_depth
+from mmdit_deploy.spec import precision as named
 from mmdit_deploy.verification import verify_bundle
 from mmdit_deploy.verify import Case, Reference, ReferenceRecorder, default_cases, reference
 from mmdit_deploy.verify.cases import case_inputs
@@ -72,8 +73,9 @@ def test_what_is_in_it(healthy: Callable[[str], Path]) -> None:
 def _recorder(depth: int, precision: str, cases: tuple[Case, ...] = (), **options: Any) -> ReferenceRecorder:
     """A recorder that was given everything of a model of full width; values do not matter for its size."""
     spec = from_depth(depth)
-    contract = Contract.of(spec, PRECISIONS[precision])
-    cases = cases or default_cases(contract, **options)
+    compute = named(precision)
+    contract = Contract.of(spec, compute)
+    cases = cases or default_cases(contract, compute, **options)
     recorder = ReferenceRecorder(cases)
     recorder.inputs([case_inputs(case, contract, spec) for case in cases])
     digest = torch.zeros(DIGEST_SIZE)
@@ -86,9 +88,9 @@ def _recorder(depth: int, precision: str, cases: tuple[Case, ...] = (), **option
     return recorder
 
 
-@pytest.mark.parametrize(("depth", "compute"), [(24, "fp32"), (38, "fp16"), (128, "fp16")])
+@pytest.mark.parametrize(("depth", "compute"), [(24, "fp32"), (38, "fp16"), (128, "fp16"), (38, "fp8")])
 def test_the_default_cases_of_real_models_fit(tmp_path: Path, depth: int, compute: str) -> None:
-    assert _recorder(depth, compute).write(tmp_path) == 9
+    assert _recorder(depth, compute).write(tmp_path) == (24 if named(compute).quantized else 9)
     assert (tmp_path / "reference.safetensors").stat().st_size <= MAX_BYTES
 
 

@@ -176,6 +176,12 @@ def test_only_the_latent_moves(name: str, tiny_spec: ModelSpec, tiny_families: M
     assert torch.allclose(last.x_next, start.noise - 1, atol=1e-5)
 
 
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"shift": 0.0}, {"guidance": float("nan")}])
+def test_a_sampler_that_is_none_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        Sampler(**wrong)
+
+
 def test_a_model_whose_output_moves_no_latent_is_refused(tiny_spec: ModelSpec) -> None:
     spec = dataclasses.replace(tiny_spec, out_channels=5)
     with pytest.raises(UsageError, match="whose output moves its input"):
