@@ -102,7 +102,7 @@ def draw_grid(scores: Mapping[str, Score], count: int) -> Image.Image:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; the exit status is 1 where a precision lost more than it may."""
     parser = argparse.ArgumentParser(description="Score what each precision of the digits model draws.")
-    parser.add_argument("precisions", nargs="*", choices=POINTS, default=list(POINTS), metavar="PRECISION")
+    parser.add_argument("precisions", nargs="*", choices=POINTS, metavar="PRECISION", help="default: all")
     parser.add_argument("--count", type=int, default=300, help="images per precision (default 300)")
     parser.add_argument("--option", action="append", default=[], help="one more argument of mmdit-export; may repeat")
     parser.add_argument("--uncaptured", action="store_true", help="let mmdit-export calibrate on its own trajectory")
@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not args.uncaptured:
             capture_inputs(folder / "captured.safetensors")
             options.append(f"--calib={folder / 'captured.safetensors'}")
-        for name in args.precisions:
+        for name in args.precisions or POINTS:
             calibrated = options if name in QUANTIZED else args.option
             scores[name] = score_precision(name, judge, args.count, folder, calibrated)
             results[name] = compared(name, scores[name], scores["eager"])

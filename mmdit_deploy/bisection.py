@@ -9,13 +9,12 @@ from pathlib import Path
 
 from mmdit_deploy.build import parse_target
 from mmdit_deploy.bundle import Bundle, open_bundle
-from mmdit_deploy.contract import Contract
 from mmdit_deploy.errors import BundleError, UsageError
 from mmdit_deploy.model import calls
 from mmdit_deploy.runtime import runnable_target
-from mmdit_deploy.spec import Precision
 from mmdit_deploy.verification import engine_under_test, weights_of
-from mmdit_deploy.verify import Case, EngineUnderTest, Reference, default_cases, verify_against_reference, within
+from mmdit_deploy.verify import EngineUnderTest, Reference, default_cases, verify_against_reference, within
+from mmdit_deploy.verify.as_planned import unlike
 from mmdit_deploy.verify.bisect import bisect, graph_findings, graph_of
 from mmdit_deploy.verify.findings import Bisection, Finding
 from mmdit_deploy.verify.records import Check
@@ -67,15 +66,8 @@ def bisect_bundle(
     engine = engine_under_test(bundle, chosen, False, runs=False)
     if checkpoint is None and not full:
         return _by_digests(bundle, engine, progress)
-    cases = bisection_cases(bundle.contract, bundle.precision)
+    cases = unlike(default_cases(bundle.contract, bundle.precision))
     return bisect(engine, weights_of(bundle, checkpoint, loras), cases, progress=progress)
-
-
-def bisection_cases(contract: Contract, precision: Precision) -> tuple[Case, ...]:
-    """Two of the inputs that verification runs, unlike in shape and timestep where there are such."""
-    cases = default_cases(contract, precision)
-    others = [c for c in cases if c.img_tokens != cases[0].img_tokens and c.timestep != cases[0].timestep]
-    return (cases[0], *others[:1])
 
 
 def _by_digests(bundle: Bundle, engine: EngineUnderTest, progress: Progress | None) -> Bisection:

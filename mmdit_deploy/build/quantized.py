@@ -36,6 +36,7 @@ WORDS: Mapping[str, frozenset[str]] = {
     "int4": frozenset({"Int4"}),
 }
 _WIDE = frozenset({"Half", "BFloat16", "BF16", "Float"})
+_AXES = 3  # of a factor, at most
 _SHOWN = 8  # problems in one message
 
 
@@ -184,7 +185,8 @@ def _expands(kernel: EngineLayer, words: Collection[str]) -> bool:
 
 
 def _of(tensors: Collection[LayerTensor], words: Collection[str]) -> bool:
-    return any(tensor.dtype in words for tensor in tensors)
+    """Whether a factor is of these types; NVFP4's scales, in E4M3, are arranged along five axes and are none."""
+    return any(tensor.dtype in words for tensor in tensors if len(tensor.dims) <= _AXES)
 
 
 def _types(tensors: Collection[LayerTensor]) -> str:

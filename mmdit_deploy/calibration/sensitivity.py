@@ -21,9 +21,11 @@ from mmdit_deploy.eager.program import Program
 from mmdit_deploy.model import calls
 from mmdit_deploy.model.partition import call_of
 from mmdit_deploy.precision import ROLES, PrecisionPlan, linears, role_of, stored
+from mmdit_deploy.runtime.memory import available_memory
 from mmdit_deploy.spec import ModelSpec
 
 FP8_ATTENTION = "fp8 attention"  # beside the roles of linear layers
+_WAITING = 4  # what waits between two calls, in times both streams: these, the block's input, and modulations
 
 
 @dataclass(frozen=True)
@@ -129,11 +131,11 @@ def sensitivity(
     Args:
         samples: the model's inputs by name, e.g. of several timesteps and sizes.
         programs: of the model's kinds, where they are traced already.
-        at_once: how many units are followed in one pass over the weights; None for all. Each takes the memory of
-            activations of its own.
+        at_once: how many units are followed in one pass over the weights; None for as many as a quarter of the memory
+            that is left holds. Each has activations of its own.
     """
     units = units_of(spec, plan)
-    size = at_once or max(1, len(units))
+    size = at_once or _fitting(spec, samples)
     found: list[Effect] = []
     for start in range(0, len(units), size):
         parts = [unit.part for unit in units[start : start + size]]
@@ -144,6 +146,12 @@ def sensitivity(
             for unit, effect in zip(units, found, strict=True)
         )
     )
+
+
+def _fitting(spec: ModelSpec, samples: Sequence[Mapping[str, Tensor]]) -> int:
+    """How many units' activations fit in a quarter of the memory that is left; at least one's."""
+    tokens = sum(s[name].shape[:2].numel() for s in samples for name in ("hidden_states", "encoder_hidden_states"))
+    return max(1, available_memory() // (4 * _WAITING * tokens * spec.width * torch.float32.itemsize))
 
 
 def _cell(row: Row | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -10,6 +11,7 @@ from mmdit_deploy.build import EngineRecord
 from mmdit_deploy.build.layers_file import FILE_NAME, read_layers, read_record
 from mmdit_deploy.bundle import Bundle, open_bundle
 from mmdit_deploy.bundle.manifest import MANIFEST
+from mmdit_deploy.calibration.bundle_plan import bundle_plan
 from mmdit_deploy.checkpoint.strict_json import parse_json_object
 from mmdit_deploy.cli.describe_traffic import describe_traffic, gpus_data
 from mmdit_deploy.errors import BundleError
@@ -30,6 +32,8 @@ def describe_bundle(path: Path) -> dict[str, Any]:
         "path": str(bundle.path),
         "name": bundle.name,
         "precision": bundle.precision.name,
+        "base": bundle.precision.base,
+        "precision_plan": _precision_plan(bundle),
         "weights": fields["weights"],
         "spec": bundle.spec.to_json(),
         "contract": bundle.contract.to_json(),
@@ -40,6 +44,21 @@ def describe_bundle(path: Path) -> dict[str, Any]:
         "versions": _mapping(fields.get("versions")),
         "files": files,
         "bytes": sum(files.values()),
+    }
+
+
+def _precision_plan(bundle: Bundle) -> dict[str, Any]:
+    """How many linear layers are quantized by each scheme, FP8 attentions, and values that stay in fp32, by call.
+
+    Raises:
+        BundleError: the manifest and the scales do not fit together.
+    """
+    plan = bundle_plan(bundle)
+    return {
+        "linears": dict(Counter(linear.scheme.name for linear in plan.linears.values())),
+        "fp8_attentions": sum(map(len, plan.attentions.values())),
+        "fp32_values": {call: len(names) for call, names in plan.wide.items()},
+        "bf16_attentions": list(plan.bf16_attentions),
     }
 
 

@@ -35,6 +35,7 @@ def _bundle(data: dict[str, Any]) -> list[str]:
         f"bundle {plain(data['path'])}: {plain(data['name'])}, {data['precision']}, {in_units(data['bytes'])}, "
         "every byte as it was written",
         f"weights: {plain(data['weights']['origin'])}",
+        _precision(data),
         _spec(data["spec"]),
         titled("contract", tensors),
         titled("ranges", [("axis", "min", "opt", "max"), *ranges]),
@@ -45,6 +46,20 @@ def _bundle(data: dict[str, Any]) -> list[str]:
         titled("versions", list(data["versions"].items())),
         titled("files", [(name, in_units(nbytes)) for name, nbytes in data["files"].items()]),
     ]
+
+
+def _precision(data: dict[str, Any]) -> str:
+    """What is quantized, and what stays in fp32."""
+    plan = data["precision_plan"]
+    rows: list[tuple[Any, ...]] = [(scheme, f"{count} linear layers") for scheme, count in plan["linears"].items()]
+    if plan["fp8_attentions"]:
+        rows.append(("fp8", f"{plan['fp8_attentions']} attentions"))
+    if plan["fp32_values"]:
+        names = list(plan["fp32_values"])
+        rows.append(("fp32", f"{sum(plan['fp32_values'].values())} values of {', '.join(names[:6])}"))
+    if plan["bf16_attentions"]:
+        rows.append(("bf16", f"the attentions of {', '.join(plan['bf16_attentions'][:6])}"))
+    return titled(f"precision plan; the rest is {data['base']}", rows) if rows else ""
 
 
 def _verdict(verdict: dict[str, Any]) -> str:

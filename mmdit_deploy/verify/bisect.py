@@ -29,6 +29,7 @@ from mmdit_deploy.eager.programs import programs_of
 from mmdit_deploy.errors import GraphError, MachineError
 from mmdit_deploy.model import Call, calls
 from mmdit_deploy.precision import PrecisionPlan
+from mmdit_deploy.verify.as_planned import Programs
 from mmdit_deploy.verify.attributes import wrong_attributes
 from mmdit_deploy.verify.cases import case_inputs
 from mmdit_deploy.verify.chains import EngineCalls
@@ -43,7 +44,6 @@ from mmdit_deploy.verify.under_test import EngineUnderTest
 from mmdit_deploy.verify.wiring import miswired
 
 Progress = Callable[[str, int, int], None]
-Programs = Callable[[Sequence[Call], torch.dtype], Mapping[str, Program]]
 
 
 def bisect(
@@ -99,7 +99,8 @@ def bisect(
 
 def graph_of(engine: EngineUnderTest) -> str:
     """Which graph of an engine is stepped through, and on what, in words."""
-    dialect = stepped_dialect_of(engine.target, engine.precision)
+    bf16 = engine.plan is not None and bool(engine.plan.bf16_attentions)
+    dialect = stepped_dialect_of(engine.target, engine.precision, bf16_attentions=bf16)
     return f"the {dialect} graph, {execution_of(engine.stepped_on, engine.precision)}"
 
 

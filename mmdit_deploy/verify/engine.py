@@ -15,6 +15,8 @@ from mmdit_deploy.eager.calls import EagerCalls
 from mmdit_deploy.errors import MachineError
 from mmdit_deploy.machine import machine_facts
 from mmdit_deploy.model import Call, calls
+from mmdit_deploy.verify.as_planned import check_as_planned, unlike
+from mmdit_deploy.verify.attributes import check_attributes
 from mmdit_deploy.verify.bounds import as_json
 from mmdit_deploy.verify.cases import case_inputs
 from mmdit_deploy.verify.chains import EngineCalls
@@ -70,6 +72,8 @@ def verify_against_weights(
         record=record,
         progress=progress,
     )
+    if engine.plan is not None and engine.precision.quantized:
+        checks += check_as_planned(engine, source, unlike(cases))
     measured = [floor.measured for floor in floors]
     if record is not None:
         record.floors = measured
@@ -136,6 +140,7 @@ class _Expected:
 
 def _engine_calls(engine: EngineUnderTest, chain: Sequence[Call]) -> EngineCalls:
     check_wiring(engine.graph, chain)
+    check_attributes(engine.graph)
     dtype = getattr(torch, engine.precision.dtype)
     return EngineCalls(engine.graph, engine.folder, engine.stepped_on.name, dtype)
 
