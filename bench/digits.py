@@ -102,11 +102,14 @@ def draw_grid(scores: Mapping[str, Score], count: int) -> Image.Image:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; the exit status is 1 where a precision lost more than it may."""
     parser = argparse.ArgumentParser(description="Score what each precision of the digits model draws.")
-    parser.add_argument("precisions", nargs="*", choices=POINTS, metavar="PRECISION", help="default: all")
+    parser.add_argument("precisions", nargs="*", metavar="PRECISION", help=f"of {', '.join(POINTS)} (default: all)")
     parser.add_argument("--count", type=int, default=300, help="images per precision (default 300)")
     parser.add_argument("--option", action="append", default=[], help="one more argument of mmdit-export; may repeat")
     parser.add_argument("--uncaptured", action="store_true", help="let mmdit-export calibrate on its own trajectory")
     args = parser.parse_args(arguments)
+    precisions = args.precisions or list(POINTS)
+    if not set(precisions) <= set(POINTS):
+        parser.error(f"a precision is one of {', '.join(POINTS)}")
     judge = Judge()
     scores = {"eager": digits_accuracy(eager(), judge, args.count)}
     print(f"eager: accuracy {scores['eager'].accuracy:.3f}", file=sys.stderr)
@@ -117,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not args.uncaptured:
             capture_inputs(folder / "captured.safetensors")
             options.append(f"--calib={folder / 'captured.safetensors'}")
-        for name in args.precisions or POINTS:
+        for name in precisions:
             calibrated = options if name in QUANTIZED else args.option
             scores[name] = score_precision(name, judge, args.count, folder, calibrated)
             results[name] = compared(name, scores[name], scores["eager"])

@@ -51,8 +51,6 @@ class EagerCall:
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """fp32 in, fp32 out; a mask stays bool."""
         with torch.inference_mode():
-            wide = {
-                name: t.float() if t.is_floating_point() else t for name, t in zip(self.names, inputs, strict=True)
-            }
+            wide = {name: t.float() if t.is_floating_point() else t for name, t in zip(self.names, inputs, strict=True)}
             out = torch.func.functional_call(self.module, self.weights, kwargs=wide)
         return out if isinstance(out, tuple) else (out,)

@@ -120,7 +120,7 @@ def test_a_near_miss_stays(name: str, tmp_path: Path) -> None:
     model = in_ir(write(tmp_path, **NEAR_MISSES[name]))  # type: ignore[arg-type]
     before = ir.to_proto(model)
     assert batched_modulation.apply(model) == 0
-    assert ir.to_proto(model) == before
+    assert ir.to_proto(model).graph == before.graph and len(model.functions) == 1
     assert all(np.isfinite(out).all() for out in execute(before, tmp_path))
 
 

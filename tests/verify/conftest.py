@@ -17,11 +17,14 @@ from torch import Tensor
 
 from mmdit_deploy.build import parse_target
 from mmdit_deploy.bundle import open_bundle, read_manifest, write_manifest
+from mmdit_deploy.calibration.bundle_plan import CALIBRATION
+from mmdit_deploy.calibration.scales_file import read_scales
 from mmdit_deploy.checkpoint import SafetensorsFile
 from mmdit_deploy.checkpoint.weights import RandomWeights
 from mmdit_deploy.contract import Contract, Range
 from mmdit_deploy.export import ExportRequest, ExportResult, export
-from mmdit_deploy.spec import PRECISIONS, ModelSpec, precision
+from mmdit_deploy.precision import PrecisionPlan
+from mmdit_deploy.spec import PRECISIONS, ModelSpec, Precision, precision
 from mmdit_deploy.verification import verify_bundle
 from mmdit_deploy.verify import Case, EngineUnderTest, Verdict, verify_against_weights
 from mmdit_deploy.verify.noise_floor import FloorRequest
@@ -58,6 +61,7 @@ class Copy:
             graph=onnx.load(self.graph, load_external_data=False),
             folder=self.path,
             files=(self.graph,),
+            plan=_plan(self.path, spec, compute),
             **changes,
         )
 
@@ -98,6 +102,14 @@ class Copy:
         write_manifest(self.path, fields)
         open_bundle(self.path)
         return self.path
+
+
+def _plan(folder: Path, spec: ModelSpec, compute: Precision) -> PrecisionPlan:
+    """What is quantized in a bundle, whatever else its files have become."""
+    if not compute.quantized:
+        return PrecisionPlan(compute)
+    scales = read_scales(folder / CALIBRATION, spec)
+    return PrecisionPlan(compute, scales.linears, scales.attentions)
 
 
 @pytest.fixture(scope="session")
@@ -242,7 +254,8 @@ def _other_seed(tensors: dict[str, Tensor]) -> None:
 
 
 def function(model: onnx.ModelProto, name: str) -> onnx.FunctionProto:
-    return next(f for f in model.functions if f.name == name)
+    """A function, or the variant of it that a quantized model has in its place."""
+    return next(f for f in model.functions if f.name == name or f.name.startswith(f"{name}_"))
 
 
 def _swap_split(model: onnx.ModelProto, name: str, value: str) -> None:

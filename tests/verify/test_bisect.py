@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mmdit_deploy.bisection import bisect_bundle
 from mmdit_deploy.checkpoint.weights import RandomWeights
+from mmdit_deploy.cli.verify import main
 from mmdit_deploy.contract import Range
 from mmdit_deploy.export import ExportRequest
 from mmdit_deploy.model import Call
@@ -244,6 +245,7 @@ def _traced(programs_for: Callable[..., Mapping[str, Any]], tiny_spec: ModelSpec
 
     with (
         mock.patch("mmdit_deploy.verify.bisect.programs_of", programs),
+        mock.patch("mmdit_deploy.verify.as_planned.programs_of", programs),
         mock.patch("mmdit_deploy.export.planning.programs_of", programs),
     ):
         yield
@@ -297,14 +299,13 @@ def check(kind: str, index: int, bisection: Bisection) -> None:
     assert f"blocks.{index}" in text and finding.call in text
 
 
-# Of each kind another block, first and last among them; the sweep of all is below.
-SAMPLE = [(kind, (0, 7, DEPTH - 1, 12)[i % 4]) for i, kind in enumerate(KINDS)]
+# Each kind in one block of one precision, the first and the last block among them; the sweep of all is below.
+SAMPLE = [(kind, ("fp16", "fp8")[i % 2], (0, 3, 5, 1)[i % 4]) for i, kind in enumerate(KINDS)]
 
 
-@pytest.mark.parametrize("name", ["fp16", "fp8"])
-@pytest.mark.parametrize(("kind", "index"), SAMPLE)
+@pytest.mark.parametrize(("kind", "name", "index"), [*SAMPLE, ("a gate dropped", "fp8", DEPTH - 1)])
 def test_a_planted_fault_is_found_by_name(
-    broken: Callable[[str, str, int], Bisection], kind: str, index: int, name: str
+    broken: Callable[[str, str, int], Bisection], kind: str, name: str, index: int
 ) -> None:
     check(kind, index, broken(kind, name, index))
 
@@ -320,12 +321,41 @@ def test_a_fault_is_found_in_any_of_24_blocks(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_healthy_model_yields_none(bundle_of: Callable[..., Path], name: str) -> None:
-    bisection = bisect_bundle(bundle_of(name, None, 2), full=True)
+def test_a_healthy_model_yields_none(healthy: Callable[[str], Path], name: str) -> None:
+    bisection = bisect_bundle(healthy(name), full=True)
     assert bisection.found is None, bisection.text()
     assert bisection.calls == bisection.of_calls == 11 and bisection.values > 250
     assert 0 < bisection.worst < 0.75
     assert "nothing is wrong" in bisection.text() and bisection.graph in bisection.text()
+
+
+def test_a_healthy_model_with_attention_in_fp8_yields_none(bundle_of: Callable[..., Path]) -> None:
+    bisection = bisect_bundle(bundle_of("fp8", None, 2), full=True)
+    assert bisection.found is None, bisection.text()
+
+
+def test_without_the_weights_the_first_block_that_is_out_is_named(
+    healthy: Callable[[str], Path], opened: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    """And what is not known is said: which node, and whether it began there."""
+    assert bisect_bundle(healthy("fp16")).found is None
+    copy = opened(Path(shutil.copytree(healthy("fp16"), tmp_path / "copy")))
+    drop_gate(copy, 1)
+    finding = bisect_bundle(copy.seal()).found
+    assert finding is not None and finding.block == "blocks.1" and finding.node is None
+    assert "cumulative" in finding.note and "--checkpoint" in finding.note
+
+
+def test_the_command_names_the_node_and_fails(
+    healthy: Callable[[str], Path], opened: Callable[[Path], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(healthy("fp16")), "--bisect", "--full", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["healthy"] is True
+    copy = opened(Path(shutil.copytree(healthy("fp16"), tmp_path / "copy")))
+    flip_weight(copy, 1)
+    assert main([str(copy.seal()), "--bisect", "--full"]) == 1
+    out = capsys.readouterr().out
+    assert "blocks.1: node linear_" in out and f"{UP.format(1)}: 1 of " in out
 
 
 @pytest.mark.soak
