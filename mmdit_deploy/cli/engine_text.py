@@ -20,6 +20,20 @@ _LISTED = 12  # kinds of kernel
 _GENERATED = re.compile(r"(__myl_\w+?|_gemm_mha_v2)(_myl\d+_\d+)?")
 
 
+def _quantized(segment: SegmentRecord) -> str:
+    """Products of quantized weights and FP8 attentions, read off the layer list."""
+    schemes = list(dict.fromkeys(s for by_scheme in segment.quantized_products.values() for s in by_scheme))
+    if not schemes and not segment.fp8_attentions:
+        return ""
+    by_scheme = [{call: found.get(s, 0) for call, found in segment.quantized_products.items()} for s in schemes]
+    counted = runs(segment.calls, *by_scheme, segment.fp8_attentions)
+    rows = [(run.name, run.calls, *run.counts) for run in counted if any(run.counts)]
+    return titled(
+        "quantized, of each: products by scheme, and attentions in FP8",
+        [("call", "calls", *schemes, "fp8 attentions"), *rows],
+    )
+
+
 def _activations(segment: SegmentRecord) -> str:
     known = segment.activation_bytes
     return "not said" if known is None else f"{in_units(known)} besides weights, at the largest sizes"
@@ -82,6 +96,7 @@ def engine_file_text(data: dict[str, Any]) -> list[str]:
                 ),
             ],
         ),
+        _quantized(segment),
         titled("most frequent kernels", names.most_common(_LISTED)),
         *traffic_text(data["traffic"], segment.calls, segment.fused_attentions),
         f"layers: {len(layers)}, of which {sum(layer.is_kernel for layer in layers)} are kernels (--json lists all)",

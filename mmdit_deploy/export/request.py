@@ -159,6 +159,13 @@ class ExportRequest:
                 received=f"it with {self.precision.label}",
                 fix="--fp4, with --quantize ROLE=fp8 for the other roles",
             )
+        modulated = None if self.quantizes is None else self.quantizes.schemes.get("modulation")
+        if modulated is not None and modulated.activations != "none":
+            raise UsageError(
+                "the modulations of all blocks are one product, whose weights alone can be quantized",
+                received=f"modulation={modulated.name}",
+                fix="--quantize modulation=fp8-weights, or modulation=w4a16",
+            )
         if self.fp16_plan is not None and self.precision.base != "fp16":
             raise UsageError(
                 "--fp16-plan says what an fp16 model keeps in fp32",

@@ -162,3 +162,20 @@ def test_an_embedding_depends_on_the_words_and_their_places(digits: ModuleType) 
     tokens, pooled = digits.embed(["a bold seven", "a seven bold", "a bold seven"])
     assert tokens.shape == (3, 4, 64) and pooled.shape == (3, 64)
     assert torch.equal(tokens[0], tokens[2]) and not torch.equal(tokens[0], tokens[1])
+
+
+def test_the_picture_has_a_row_per_precision_and_a_digit_in_every_place(
+    bench_module: Callable[[str], ModuleType], eager_score: Any
+) -> None:
+    bench = bench_module("digits")
+    one, two = (bench.draw_grid(dict.fromkeys(names, eager_score), 30) for names in (("eager",), ("eager", "fp8")))
+    assert one.width == two.width and one.height < two.height
+    ink = np.asarray(two)[bench.HEAD + bench.GAP :, bench.LABEL + bench.GAP :] < 128
+    cell = bench.SIDE * bench.PIXEL + bench.GAP
+    places = ink[: 2 * cell, : 30 * cell].reshape(2, cell, 30, cell)
+    assert places.any(axis=(1, 3)).all()
+
+
+def test_the_bench_refuses_a_precision_that_is_none(bench_module: Callable[[str], ModuleType]) -> None:
+    with pytest.raises(SystemExit):
+        bench_module("digits").main(["fp17"])

@@ -13,7 +13,7 @@ from mmdit_deploy.errors import GraphError
 from mmdit_deploy.model import calls
 from mmdit_deploy.spec import PRECISIONS, ModelSpec
 from mmdit_deploy.verification import verify_bundle
-from mmdit_deploy.verify import TOLERANCES, Verdict
+from mmdit_deploy.verify import Verdict
 
 
 def test_a_healthy_engine_passes(copy_of: Callable[[str], Any], precision: str) -> None:
