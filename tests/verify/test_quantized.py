@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from mmdit_deploy.bundle import open_bundle
-from mmdit_deploy.calibration.bundle_plan import bundle_plan
 from mmdit_deploy.model import calls
 from mmdit_deploy.verification import verify_bundle
+from mmdit_deploy.verify import TOLERANCES, within
 from mmdit_deploy.verify.chains import EngineCalls
 
 QUANTIZED = ("fp8", "fp4")
@@ -36,9 +35,9 @@ def test_a_healthy_quantized_engine_passes_at_eight_timesteps_of_three_shapes(
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_calls_without_anything_quantized_are_bound_as_in_the_compute_type(
-    healthy: Callable[[str], Path], copy_of: Callable[[str], Any], name: str
+    copy_of: Callable[[str], Any], name: str
 ) -> None:
-    verdict = copy_of(name).verify(noise_floor="auto", plan=bundle_plan(open_bundle(healthy(name))))
+    verdict = copy_of(name).verify(noise_floor="auto")
     assert verdict.passed
     local = {c.name: c for c in verdict.checks if c.level == "local"}
     assert {path for path, c in local.items() if c.bound_by is None} == {"blocks.0", "blocks.1"}
@@ -48,20 +47,17 @@ def test_calls_without_anything_quantized_are_bound_as_in_the_compute_type(
     assert floor.what == "eager in float16"
 
 
-def test_a_fault_in_what_is_not_quantized_hides_behind_no_quantization(
-    healthy: Callable[[str], Path], copy_of: Callable[[str], Any]
-) -> None:
+def test_a_fault_in_what_is_not_quantized_hides_behind_no_quantization(copy_of: Callable[[str], Any]) -> None:
     """Two per cent in the text embedding: nothing to FP4, a fault to fp16."""
     copy = copy_of("fp4")
-    plan = bundle_plan(open_bundle(copy.path))
 
     def scale(tensors: dict[str, torch.Tensor]) -> None:
         tensors["context_embedder.weight"] *= 1.02
 
     copy.edit_weights(scale)
-    failure = copy.verify(plan=plan).first_failure
-    assert failure is not None and (failure.name, failure.bound_by) == ("txt_embed", "fp16")
-    assert copy.verify().passed  # which is why the plan is asked
+    failure = copy.verify(whole=False).first_failure
+    assert failure is not None and (failure.name, failure.level, failure.bound_by) == ("txt_embed", "local", "fp16")
+    assert within(failure.errors, TOLERANCES["fp4"])  # which is why the plan is asked
 
 
 def test_activations_are_handed_on_as_wide_as_the_graph_has_them(copy_of: Callable[[str], Any]) -> None:
