@@ -4,8 +4,8 @@
 
 The rival goes into an environment of its own, because it brings many packages; torch stays the one that we use:
 
-    python -m venv /tmp/rival && /tmp/rival/bin/pip install -e '.[cpu]' nvidia-modelopt torch==2.13.0
-    /tmp/rival/bin/python bench/quantization_rival.py
+    python -m venv rival && rival/bin/pip install -e '.[cpu]' nvidia-modelopt torch==2.13.0
+    rival/bin/python bench/quantization_rival.py
 
 Both quantize the projections of attentions and the MLPs of our eager MMDiT, whose linear layers are `torch.nn.Linear`,
 and both are calibrated on the inputs of one denoising trajectory at three sizes. What is compared is the final output

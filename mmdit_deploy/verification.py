@@ -76,7 +76,8 @@ def verify_bundle(
     """
     _check_options(target, checkpoint, loras, full, thorough, whole)
     if checkpoint is None and not full:
-        _check_needs_weights({"a noise floor": noise_floor, "a trajectory": sampler})
+        floor_asked = None if noise_floor == "none" else noise_floor
+        _check_needs_weights({"a noise floor": floor_asked, "a trajectory": sampler})
     if decode is not None and sampler is None:
         raise UsageError(
             "--decode makes images of a trajectory's latents", received="--decode alone", fix="--trajectory 20"

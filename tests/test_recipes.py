@@ -11,6 +11,8 @@ from mmdit_deploy.checkpoint.keys import parameters
 from mmdit_deploy.contract import Contract, Range
 from mmdit_deploy.errors import UsageError
 from mmdit_deploy.families import PRESETS, preset
+from mmdit_deploy.precision import QuantizationRecipe, Scheme
+from mmdit_deploy.precision.structure import indivisible
 from mmdit_deploy.recipes import load_recipe, recipe_names
 from mmdit_deploy.spec import precision
 
@@ -22,7 +24,8 @@ precision = "fp16"
 
 
 def test_every_preset_has_a_recipe() -> None:
-    assert {load_recipe(name).preset for name in recipe_names()} == set(PRESETS)
+    for kind in ("bf16", "fp8", "fp4"):
+        assert {load_recipe(name).preset for name in recipe_names() if name.endswith(kind)} == set(PRESETS)
     for wanted in ("sd3-medium-fp16", "sd3.5-large-fp16", "sd3.5-medium-bf16", "flux1-dev-bf16", "flux1-schnell-fp16",
                    "flux2-dev-bf16", "qwen-image-bf16"):  # fmt: skip
         assert wanted in recipe_names()
@@ -32,9 +35,16 @@ def test_every_preset_has_a_recipe() -> None:
 def test_shipped_recipes_make_a_contract(name: str) -> None:
     recipe = load_recipe(name)
     assert name == recipe.name == f"{recipe.preset}-{recipe.precision}"
-    check_targets(recipe.targets, precision(recipe.precision))
-    spec = preset(recipe.preset)
-    contract = Contract.of(spec, precision(recipe.precision), recipe.ranges)
+    compute, spec = precision(recipe.precision, recipe.base), preset(recipe.preset)
+    schemes: tuple[Scheme, ...] = ()
+    if compute.quantized:  # of models that are published for bf16's range, the rest is in bf16
+        assert compute.base == ("fp16" if spec.family == "sd3" else "bf16")
+        quantization = QuantizationRecipe.parse(recipe.quantization, compute.name)
+        assert quantization == QuantizationRecipe.default(compute.name)
+        schemes = tuple(quantization.schemes.values())
+        assert not indivisible(spec, quantization)
+    check_targets(recipe.targets, compute, schemes)
+    contract = Contract.of(spec, compute, recipe.ranges)
     assert contract.ranges == recipe.ranges
     assert isinstance(recipe.checkpoint, str) and recipe.checkpoint.count("/") == 1
     text = (FOLDER / f"{name}.toml").read_text()
@@ -69,6 +79,10 @@ def test_a_file_needs_three_keys_only(tmp_path: Path) -> None:
         ("", "missing"),
         (GOOD + 'precison = "bf16"\n', "precison"),
         (GOOD + "[ranges\n", "TOML"),
+        (GOOD + 'base = "bf16"\n', "base"),
+        (GOOD + '[quantization]\nmlp = "fp8"\n', "quantization"),
+        (GOOD.replace("fp16", "fp8") + '[quantization]\nmlp = "fp9"\n', "quantization"),
+        (GOOD.replace("fp16", "fp8") + 'base = "fp32"\n', "base"),
         ("\x00", "TOML"),
     ],
 )

@@ -80,7 +80,7 @@ class Chosen:
 
 
 def parse_budget(text: str) -> float:
-    """``rel_l2=0.05`` → 0.05.
+    """``rel_l2=0.05`` → 0.05: larger than 0, smaller than 1.
 
     Raises:
         UsageError: it is something else.
@@ -90,9 +90,11 @@ def parse_budget(text: str) -> float:
         budget = float(value)
     except ValueError:
         budget = math.nan
-    if name != "rel_l2" or not 0 < budget < math.inf:
+    if name != "rel_l2" or not 0 < budget < 1:
         raise UsageError(
-            "a budget is a relative L2 error of the model's output", received=ascii(text), fix="--budget rel_l2=0.05"
+            "a budget is a relative L2 error of the model's output, between 0 and 1",
+            received=ascii(text)[:80],
+            fix="--budget rel_l2=0.05",
         )
     return budget
 

@@ -126,7 +126,7 @@ def _check_spec(file: SafetensorsFile, spec: ModelSpec, text: dict[str, Any]) ->
 def _schemes(
     file: SafetensorsFile, spec: ModelSpec, text: dict[str, Any], layers: Collection[str]
 ) -> dict[str, Scheme]:
-    wrong = [path for path, name in text.items() if path not in layers or name not in SCHEMES]
+    wrong = [p for p, name in text.items() if p not in layers or not isinstance(name, str) or name not in SCHEMES]
     if wrong:
         raise _unfit(file, f"name schemes of {spec.name}'s linear layers", quote({p: text[p] for p in wrong[:3]}))
     return {path: SCHEMES[name] for path, name in text.items()}

@@ -51,12 +51,13 @@ class Row:
 
     Args:
         output: of the model's final output, the worst sample.
-        local: of the outputs of the calls that it is in, on equal inputs, the worst sample.
+        local: of the outputs of the calls that it is in, on equal inputs, the worst sample; None where one of these
+            calls reads what another makes.
     """
 
     unit: Unit
     output: Distance
-    local: Distance
+    local: Distance | None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -65,8 +66,8 @@ class Row:
             "saved_bytes": self.unit.saved,
             "rel_l2": self.output.rel_l2,
             "cosine": self.output.cosine,
-            "local_rel_l2": self.local.rel_l2,
-            "local_cosine": self.local.cosine,
+            "local_rel_l2": None if self.local is None else self.local.rel_l2,
+            "local_cosine": None if self.local is None else self.local.cosine,
         }
 
 
@@ -142,7 +143,7 @@ def sensitivity(
         found += effects(spec, source, plan, parts, samples, programs=programs, progress=progress)
     return Sensitivity(
         tuple(
-            Row(unit, Distance.worst(effect.output), Distance.worst(effect.local or ()))
+            Row(unit, Distance.worst(effect.output), Distance.worst(effect.local) if effect.local else None)
             for unit, effect in zip(units, found, strict=True)
         )
     )
@@ -155,4 +156,7 @@ def _fitting(spec: ModelSpec, samples: Sequence[Mapping[str, Tensor]]) -> int:
 
 
 def _cell(row: Row | None) -> str:
-    return "" if row is None else f"{100 * row.output.rel_l2:.2f} ({100 * row.local.rel_l2:.2f})"
+    if row is None:
+        return ""
+    local = "" if row.local is None else f" ({100 * row.local.rel_l2:.2f})"
+    return f"{100 * row.output.rel_l2:.2f}{local}"

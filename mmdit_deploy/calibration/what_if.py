@@ -66,7 +66,7 @@ class Distance:
 
     @staticmethod
     def worst(distances: Sequence[Distance]) -> Distance:
-        """The largest error and the least cosine; NaN where there is one."""
+        """The largest error and the least cosine, of one distance or more; NaN where there is one."""
         return Distance(_largest([d.rel_l2 for d in distances]), -_largest([-d.cosine for d in distances]))
 
 

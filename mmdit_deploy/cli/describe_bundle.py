@@ -15,6 +15,7 @@ from mmdit_deploy.calibration.bundle_plan import bundle_plan
 from mmdit_deploy.checkpoint.strict_json import parse_json_object
 from mmdit_deploy.cli.describe_traffic import describe_traffic, gpus_data
 from mmdit_deploy.errors import BundleError
+from mmdit_deploy.precision import SCHEMES
 
 
 def describe_bundle(path: Path) -> dict[str, Any]:
@@ -53,6 +54,8 @@ def _precision_plan(bundle: Bundle) -> dict[str, Any]:
     Raises:
         BundleError: the manifest and the scales do not fit together.
     """
+    if bundle.manifest.fields["weights"]["file"] is None:
+        return _stated_plan(bundle)
     plan = bundle_plan(bundle)
     return {
         "linears": dict(Counter(linear.scheme.name for linear in plan.linears.values())),
@@ -60,6 +63,29 @@ def _precision_plan(bundle: Bundle) -> dict[str, Any]:
         "fp32_values": {call: len(names) for call, names in plan.wide.items()},
         "bf16_attentions": list(plan.bf16_attentions),
     }
+
+
+def _stated_plan(bundle: Bundle) -> dict[str, Any]:
+    """The same of a bundle of graphs alone, which has no scales: what its manifest says.
+
+    Raises:
+        BundleError: that is not what this version writes.
+    """
+    stated: Any = bundle.manifest.fields.get("precision_plan", {})
+    try:
+        schemes = [SCHEMES[linear["scheme"]].name for linear in stated.get("linears", {}).values()]
+        return {
+            "linears": dict(Counter(schemes)),
+            "fp8_attentions": sum(len(found) for found in stated.get("fp8_attentions", {}).values()),
+            "fp32_values": {call: len(names) for call, names in stated.get("wide", {}).items()},
+            "bf16_attentions": [str(call) for call in stated.get("bf16_attentions", [])],
+        }
+    except (AttributeError, KeyError, TypeError) as error:
+        raise BundleError(
+            f"the precision_plan of {bundle.path} says how each linear layer is quantized, as this version writes it",
+            received=f"{type(error).__name__}: {ascii(str(error))[:120]}",
+            fix="copy the bundle again, or export it again",
+        ) from error
 
 
 def is_tensorrt(entry: Mapping[str, Any]) -> bool:

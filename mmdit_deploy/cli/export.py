@@ -25,6 +25,7 @@ PRECISIONS = {
     "fp4": "attention projections and MLPs in NVFP4, the rest in the base type",
     "w4a16": "weights of attention projections and MLPs in INT4, everything is computed in the base type",
 }
+BASES = ("fp16", "bf16")  # of what is not quantized
 AXES = ("batch", "img_tokens", "txt_tokens")
 EPILOG = """examples:
   mmdit-export --depth 24 --fp16
@@ -121,7 +122,7 @@ def _add_precision_options(p: argparse.ArgumentParser) -> None:
         action="append",
         metavar="ROLE=SCHEME",
         help="of a quantized model: how a role's linear layers are quantized, e.g. modulation=fp8-weights or "
-        "attention=none; may repeat. Roles: attention, mlp, modulation, embedders, final",
+        "attention=none; may repeat. Roles: attention, mlp, modulation, embedders, final. Also fp8_attention=false",
     )
     p.add_argument(
         "--calib",
@@ -217,7 +218,7 @@ def _request(args: argparse.Namespace) -> ExportRequest:
         source=source,
         loras=tuple(open_lora(path, spec, scale) for path, scale in loras),
         precision=compute,
-        targets=tuple(args.target or (recipe and recipe.targets) or default_targets()),
+        targets=tuple(args.target or (recipe and recipe.targets) or default_targets(compute)),
         out=args.out,
         ranges=ranges,
         profiles=tuple(map(parse_profile, args.profile or ())) or (recipe.profiles if recipe else ()),
@@ -239,37 +240,43 @@ def _request(args: argparse.Namespace) -> ExportRequest:
 def _precision(args: argparse.Namespace, recipe: Recipe | None) -> tuple[str, str | None]:
     """The precision's name and its base: the arguments', else the recipe's."""
     name = args.precision or (recipe.precision if recipe else "fp16")
-    base = recipe.base if recipe and name == recipe.precision else None
-    return name, args.base or base
+    if args.base is not None or recipe is None or name in (*BASES, "fp32"):
+        return name, args.base
+    return name, recipe.base or (recipe.precision if recipe.precision in BASES else None)
 
 
 def _quantization(args: argparse.Namespace, recipe: Recipe | None, compute: Precision) -> QuantizationRecipe | None:
     """What is quantized: the recipe's table, if it is of this precision, with what the arguments change."""
+    from mmdit_deploy.precision import ROLES
     from mmdit_deploy.precision.recipe import QuantizationRecipe
 
     table = dict(recipe.quantization) if recipe and recipe.precision == compute.name else {}
     for text in args.quantize or ():
-        role, equals, scheme = text.partition("=")
+        key, equals, value = text.partition("=")
         if not equals:
             raise UsageError(
                 "--quantize is a role and its scheme", received=ascii(text)[:80], fix="e.g. --quantize mlp=fp8"
             )
-        table[role] = scheme
+        table[key] = value if key in ROLES else _plain(value)
     if args.calib_method is not None:
         table["method"] = args.calib_method
     return QuantizationRecipe.parse(table, compute.name) if table else None
 
 
-def _budget(text: str | None) -> float | None:
-    if text is None:
-        return None
-    measure, _, value = text.partition("=")
+def _plain(text: str) -> bool | float | str:
+    """A value of the command line, as a recipe would have it: true, 0.8, or a word."""
+    if text in ("true", "false"):
+        return text == "true"
     try:
-        if measure == "rel_l2":
-            return float(value)
+        return float(text)
     except ValueError:
-        pass
-    raise UsageError("--budget is rel_l2=X", received=ascii(text)[:80], fix="e.g. --budget rel_l2=0.02")
+        return text
+
+
+def _budget(text: str | None) -> float | None:
+    from mmdit_deploy.calibration.budget import parse_budget
+
+    return None if text is None else parse_budget(text)
 
 
 def _segments(text: str) -> int | None:

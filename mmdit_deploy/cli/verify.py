@@ -120,6 +120,9 @@ def _bisect(args: argparse.Namespace) -> int:
         "--junit": args.junit,
         "--html": args.html,
         "--thorough": args.thorough,
+        "--guidance": args.guidance,
+        "--decode": args.decode,
+        "--blocks-only": args.blocks_only,
     }
     for option, value in others.items():
         if value:

@@ -36,13 +36,21 @@ class PlannedCall:
         program: of its kind.
         weights: of the source, fp32, by name in the module.
         plan: of the model.
+        in_fp32: of a linear layer's operator, whether the graph has its input in fp32, and quantizes it so.
 
     Raises:
         ValueError: the plan lacks what calibration finds.
     """
 
-    def __init__(self, path: str, program: Program, weights: Mapping[str, Tensor], plan: PrecisionPlan):
-        self._program, self._plan, self._call = program, plan, path
+    def __init__(
+        self,
+        path: str,
+        program: Program,
+        weights: Mapping[str, Tensor],
+        plan: PrecisionPlan,
+        in_fp32: Callable[[fx.Node], bool] = lambda _: False,
+    ):
+        self._program, self._plan, self._call, self._in_fp32 = program, plan, path, in_fp32
         self._compute: torch.dtype = getattr(torch, plan.precision.dtype)
         self._weights = {name: w.to(self._compute).float() for name, w in weights.items()}
         self._linears = {
@@ -84,7 +92,7 @@ class PlannedCall:
         if weight not in self._linears:
             return None
         scheme, tensors = self._plan.linears[self._path(weight)].scheme, self._linears[weight]
-        product = simulate(x, tensors, scheme, self._compute)
+        product = simulate(x, tensors, scheme, None if self._in_fp32(node) else self._compute)
         if slack is not None and scheme.activations != "none":
             others = [simulate(near, tensors, scheme) for near in _moved(x, self._compute)]
             slack[node] = _farthest(product, others) + _one_step(x, product, tensors, scheme) / 2

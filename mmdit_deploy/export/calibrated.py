@@ -18,7 +18,7 @@ from mmdit_deploy.export.request import ExportRequest
 
 Log = Callable[[str], None]
 KEPT_STEPS = (1, 4, 6)  # of a trajectory: what errors are measured on, early, in the middle and late
-KEPT_SAMPLES = 6  # of captured ones, the first
+KEPT_SAMPLES = 6  # of captured ones, evenly spaced: a pipeline's calls come step after step
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ def calibrate(request: ExportRequest, programs: Mapping[str, Program], log: Log)
         captured = read_captured(request.calib, request.spec)
         log(f"calibration: {len(captured.names)} samples of {request.calib.name}")
         statistics = calibrate_captured(
-            request.spec, request.weights, captured, dtype, programs=programs, progress=_progress(log)
+            request.spec, request.weights, captured, dtype, programs=programs, progress=by_tenths("calibration", log)
         )
-        kept = tuple(captured.sample(name) for name in captured.names[:KEPT_SAMPLES])
+        kept = tuple(captured.sample(name) for name in spaced(captured.names, KEPT_SAMPLES))
         return Calibrated(statistics, kept, {"samples": len(captured.names), "captured": request.calib.name})
     log(f"calibration: {STEPS} steps of {len(SIZES) * PROMPTS} trajectories of the eager model")
     seen: list[Values] = []
@@ -62,13 +62,35 @@ def calibrate(request: ExportRequest, programs: Mapping[str, Program], log: Log)
             seen.extend(dict(state) for state in states)
 
     statistics = calibrate_trajectory(
-        request.spec, request.weights, dtype, programs=programs, visit=visit, progress=_progress(log)
+        request.spec, request.weights, dtype, programs=programs, visit=visit, progress=_by_steps(log)
     )
     record = {"samples": len(SIZES) * PROMPTS, "steps": STEPS, "seed": SEED, "sizes": [list(size) for size in SIZES]}
     return Calibrated(statistics, tuple(seen), record)
 
 
-def _progress(log: Log) -> Progress:
+def spaced(names: Sequence[str], count: int) -> tuple[str, ...]:
+    """So many names at equal distances, the first and the last among them; all where there are no more."""
+    if len(names) <= count:
+        return tuple(names)
+    return tuple(names[i * (len(names) - 1) // (count - 1)] for i in range(count))
+
+
+def by_tenths(what: str, log: Log) -> Progress:
+    """A line for each tenth of a pass over the model's calls; how many passes there are is found on the way."""
+    passes, said = 0, -1
+
+    def report(_: str, index: int, count: int) -> None:
+        nonlocal passes, said
+        if index == 0:
+            passes, said = passes + 1, -1
+        if (tenth := 10 * index // count) > said:
+            said = tenth
+            log(f"{what}: pass {passes} over the model, {100 * index // count} %")
+
+    return report
+
+
+def _by_steps(log: Log) -> Progress:
     """A line for each step, not for each call."""
     said: set[str] = set()
 

@@ -7,13 +7,14 @@ import torch
 from mmdit_deploy.build import RTX, TENSORRT, Target, parse_target
 from mmdit_deploy.errors import MachineError, MissingPackageError
 from mmdit_deploy.runtime.ort import check_provider, import_onnxruntime
+from mmdit_deploy.spec import Precision
 
 
-def default_targets() -> tuple[str, ...]:
+def default_targets(precision: Precision | None = None) -> tuple[str, ...]:
     """The engines to build where none is named.
 
-    Without a GPU ``ort-cpu``, and ``rtx:sm89`` ahead of time; with one, ``ort-cuda`` and the TensorRT that fits it.
-    What is not installed is left out.
+    Without a GPU ``ort-cpu``, and ``rtx:sm89`` ahead of time (``rtx:sm120``, which has FP4, for that); with one,
+    ``ort-cuda`` and the TensorRT that fits it. What is not installed is left out.
     """
     names: list[str] = []
     if torch.cuda.is_available():
@@ -25,7 +26,8 @@ def default_targets() -> tuple[str, ...]:
         elif TENSORRT.installed:
             names.append("trt")
     else:
-        names += ["ort-cpu", "rtx:sm89"] if RTX.installed else ["ort-cpu"]
+        ahead = "rtx:sm120" if precision is not None and precision.name == "fp4" else "rtx:sm89"
+        names += ["ort-cpu", ahead] if RTX.installed else ["ort-cpu"]
     return tuple(names or ["ort-cpu"])
 
 

@@ -97,6 +97,8 @@ def export(request: ExportRequest, log: Log = lambda _: None, plan: Plan | None 
     targets, contract = request.check()
     if isinstance(request.source, RandomWeights):
         log(f"weights: {request.source.description} — no checkpoint was given")
+    if request.leaves_attention:
+        log(f"warning: attentions stay in {precision.base}: TensorRT fuses FP8 ones from 32 tokens on, in all ranges")
     if any(target.flavour for target in targets):
         for axis in _costly(contract):
             log(f"warning: {axis} from 1 costs a TensorRT plan several kernels a block; from 2 it does not")

@@ -20,11 +20,16 @@ from mmdit_deploy.calibration.fp16_emulation import Bound
 from mmdit_deploy.calibration.fp16_plan import Fp16Plan
 from mmdit_deploy.calibration.fp16_ranges import ranges_of
 from mmdit_deploy.calibration.fp16_search import plan_fp16
-from mmdit_deploy.calibration.quantization import plan_quantization, plan_recorded
+from mmdit_deploy.calibration.quantization import (
+    needs_statistics,
+    plan_quantization,
+    plan_recorded,
+    recorded_bf16_attentions,
+)
 from mmdit_deploy.calibration.scales_file import Scales, read_scales, write_scales
 from mmdit_deploy.eager.program import Program
 from mmdit_deploy.eager.programs import programs_of
-from mmdit_deploy.export.calibrated import Calibrated, calibrate
+from mmdit_deploy.export.calibrated import Calibrated, by_tenths, calibrate
 from mmdit_deploy.export.request import ExportRequest
 from mmdit_deploy.model import calls
 from mmdit_deploy.precision import PrecisionPlan
@@ -41,19 +46,29 @@ class Planned:
 
     Args:
         record: what was asked for and what decided, JSON-ready.
+        numbers: whether the plan's numbers were found; without, they stand for those that calibration would find.
     """
 
     plan: PrecisionPlan
     record: Mapping[str, Any] = field(default_factory=dict)
+    numbers: bool = True
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-ready: schemes by linear layer, FP8 attentions, values in fp32, and what decided them."""
+        """JSON-ready: schemes by linear layer, FP8 attentions, values in fp32, and what decided them.
+
+        A number that was not found is null.
+        """
+
+        def number(value: float | None) -> float | None:
+            return value if self.numbers else None
+
         return {
             "linears": {
-                path: {"scheme": p.scheme.name, "input_amax": p.input_amax} for path, p in self.plan.linears.items()
+                path: {"scheme": p.scheme.name, "input_amax": number(p.input_amax)}
+                for path, p in self.plan.linears.items()
             },
             "fp8_attentions": {
-                call: [{"q": a.q_amax, "k": a.k_amax, "v": a.v_amax} for a in found]
+                call: [{"q": number(a.q_amax), "k": number(a.k_amax), "v": number(a.v_amax)} for a in found]
                 for call, found in self.plan.attentions.items()
             },
             "wide": {call: sorted(names) for call, names in self.plan.wide.items() if names},
@@ -64,8 +79,10 @@ class Planned:
 
 def calibrates(request: ExportRequest) -> bool:
     """Whether the eager model is run to calibrate."""
-    scaled = request.quantizes is not None and request.scales is None
-    return not request.graph_only and (request.seeks_islands or scaled)
+    recipe = request.quantizes
+    scaled = recipe is not None and request.scales is None
+    finds = scaled and (request.budget is not None or (recipe is not None and needs_statistics(recipe)))
+    return not request.graph_only and (request.seeks_islands or finds)
 
 
 def check_calibration(request: ExportRequest) -> None:
@@ -94,7 +111,7 @@ def plan_precision(request: ExportRequest, folder: Path, log: Log) -> Planned:
         for path in indivisible(request.spec, recipe):
             log(f"warning: {path} stays in {request.precision.base}: its inputs are no whole blocks of its scheme")
     if request.graph_only and request.scales is None:
-        return Planned(request.structure, record)  # no numbers: none are written
+        return Planned(request.structure, record, numbers=False)  # none are written
     seen: Calibrated | None = None
     programs = {}
     if calibrates(request):
@@ -103,12 +120,22 @@ def plan_precision(request: ExportRequest, folder: Path, log: Log) -> Planned:
         record["calibration"] = dict(seen.record)
     plan = PrecisionPlan(request.precision)
     if request.scales is not None:
-        plan = _recorded(request)
-        record["calibration"] = {"scales": request.scales.name}
-    elif recipe is not None and seen is not None:
-        plan = plan_quantization(request.spec, request.precision, recipe, seen.statistics, request.weights)
-        if request.budget is not None:
-            chosen = choose(request.spec, request.weights, plan, seen.samples, request.budget, programs=programs)
+        plan, recorded = _recorded(request)
+        record |= _taken_over(request.scales.name, recorded)
+        log(f"scales: {len(plan.linears)} linear layers and {len(plan.attentions)} attentions as {request.scales} says")
+    elif recipe is not None:
+        statistics = None if seen is None else seen.statistics
+        plan = plan_quantization(request.spec, request.precision, recipe, statistics, request.weights)
+        if request.budget is not None and seen is not None:
+            chosen = choose(
+                request.spec,
+                request.weights,
+                plan,
+                seen.samples,
+                request.budget,
+                programs=programs,
+                progress=by_tenths("budget", log),
+            )
             log(f"budget: {chosen.text()}")
             plan, record["budget"] = chosen.plan, chosen.to_json()
     if request.seeks_islands and seen is not None:
@@ -137,6 +164,7 @@ def _islands(request: ExportRequest, seen: Calibrated, programs: Mapping[str, Pr
         Bound(tolerance.min_cosine, tolerance.max_rel_l2),
         outputs=request.outputs,
         programs=programs,
+        progress=by_tenths("fp16 plan", log),
     )
     for line in islands.text().splitlines()[:_SHOWN]:
         log(line)
@@ -145,9 +173,19 @@ def _islands(request: ExportRequest, seen: Calibrated, programs: Mapping[str, Pr
     return islands
 
 
-def _recorded(request: ExportRequest) -> PrecisionPlan:
-    """The plan with the scales of another bundle."""
+def _recorded(request: ExportRequest) -> tuple[PrecisionPlan, Scales]:
+    """The plan with the scales of another bundle, and these."""
     recipe, scales = request.quantizes, request.scales
     if recipe is None or scales is None:
         raise ValueError("scales are of a quantized model")
-    return plan_recorded(request.spec, request.precision, recipe, read_scales(scales, request.spec))
+    found = read_scales(scales, request.spec)
+    return plan_recorded(request.spec, request.precision, recipe, found), found
+
+
+def _taken_over(name: str, scales: Scales) -> dict[str, Any]:
+    """What a record says of the scales that were taken over: also what they lack, for those who take over these."""
+    calibration: dict[str, Any] = {"scales": name}
+    if bf16 := recorded_bf16_attentions(scales.record):
+        calibration["bf16_attentions"] = sorted(bf16)
+    budget = {"budget": scales.record["budget"]} if "budget" in scales.record else {}
+    return {"calibration": calibration, **budget}

@@ -11,11 +11,12 @@ from mmdit_deploy.build import Target, check_targets
 from mmdit_deploy.checkpoint.weights import RandomWeights, WeightSource
 from mmdit_deploy.contract import Contract, Profile, Range
 from mmdit_deploy.errors import UsageError
+from mmdit_deploy.export.precision_checks import check_precision
 from mmdit_deploy.lora import Lora, LoraWeights
-from mmdit_deploy.precision import PrecisionPlan, Scheme
+from mmdit_deploy.precision import SCHEMES, PrecisionPlan, Scheme
 from mmdit_deploy.precision.recipe import QuantizationRecipe, fitted
 from mmdit_deploy.precision.structure import structure
-from mmdit_deploy.spec import QUANTIZED, ModelSpec, Precision
+from mmdit_deploy.spec import ModelSpec, Precision
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,24 @@ class ExportRequest:
         return recipe
 
     @property
-    def _schemes(self) -> tuple[Scheme, ...]:
-        """How linear layers are quantized."""
-        return () if self.quantizes is None else tuple(dict.fromkeys(self.quantizes.schemes.values()))
+    def schemes(self) -> tuple[Scheme, ...]:
+        """How linear layers are quantized, and FP8 where attentions are."""
+        recipe = self.quantizes
+        if recipe is None:
+            return ()
+        attention = (SCHEMES["fp8"],) if recipe.fp8_attention else ()
+        return tuple(dict.fromkeys((*recipe.schemes.values(), *attention)))
+
+    @property
+    def leaves_attention(self) -> bool:
+        """Whether attentions were to be in FP8, and are not: TensorRT fuses none for so few tokens."""
+        asked = self.quantization or (QuantizationRecipe.default(self.precision.name) if self.quantizes else None)
+        return (
+            asked is not None
+            and asked.fp8_attention
+            and self.quantizes is not None
+            and not self.quantizes.fp8_attention
+        )
 
     @property
     def seeks_islands(self) -> bool:
@@ -120,8 +136,8 @@ class ExportRequest:
                 received=", ".join(ascii(name) for name in self.outputs),
                 fix="name blocks of this model",
             )
-        self._check_precision()
-        targets = check_targets(self.targets, self.precision, self._schemes)
+        check_precision(self)
+        targets = check_targets(self.targets, self.precision, self.schemes)
         if self.profiles and not any(target.flavour for target in targets):
             raise UsageError(
                 "optimization profiles are TensorRT's",
@@ -138,57 +154,3 @@ class ExportRequest:
             )
         contract = Contract.of(self.spec, self.precision, self.ranges, outputs=self.outputs, profiles=self.profiles)
         return targets, contract
-
-    def _check_precision(self) -> None:
-        if not self.precision.quantized:
-            given = {
-                "--quantize or a recipe's [quantization]": self.quantization,
-                "--scales": self.scales,
-                "--budget": self.budget,
-            }
-            for option, value in given.items():
-                if value is not None:
-                    raise UsageError(
-                        f"{option} goes with a quantized precision: {', '.join(QUANTIZED)}",
-                        received=f"it with {self.precision.name}",
-                        fix="drop it, or add e.g. --fp8",
-                    )
-        if self.precision.name != "fp4" and any(s.weights == "fp4" for s in self._schemes):
-            raise UsageError(
-                "the scheme fp4 goes with --fp4: where FP4 is emulated, its name says so",
-                received=f"it with {self.precision.label}",
-                fix="--fp4, with --quantize ROLE=fp8 for the other roles",
-            )
-        modulated = None if self.quantizes is None else self.quantizes.schemes.get("modulation")
-        if modulated is not None and modulated.activations != "none":
-            raise UsageError(
-                "the modulations of all blocks are one product, whose weights alone can be quantized",
-                received=f"modulation={modulated.name}",
-                fix="--quantize modulation=fp8-weights, or modulation=w4a16",
-            )
-        if self.fp16_plan is not None and self.precision.base != "fp16":
-            raise UsageError(
-                "--fp16-plan says what an fp16 model keeps in fp32",
-                received=f"--fp16-plan {self.fp16_plan} with {self.precision.label}",
-                fix="drop it, or compute in fp16",
-            )
-        found_by_calibration = {"--calib": self.calib, "--budget": self.budget}
-        for option, value in found_by_calibration.items():
-            if self.scales is not None and value is not None:
-                raise UsageError(
-                    "scales are taken over from a file, or found by calibration",
-                    received=f"--scales and {option}",
-                    fix="drop one of them",
-                )
-        if self.calib is not None and not (self.precision.quantized or self.seeks_islands):
-            raise UsageError(
-                "--calib says what to calibrate on",
-                received=f"--calib with {self.precision.label}, where nothing is calibrated",
-                fix="drop it, or add --fp16-plan auto or a quantized precision, e.g. --fp8",
-            )
-        if self.budget is not None and not 0 < self.budget < 1:
-            raise UsageError(
-                "--budget is the largest relative L2 error, between 0 and 1",
-                received=f"{self.budget}",
-                fix="e.g. --budget rel_l2=0.02",
-            )

@@ -112,7 +112,7 @@ def bench_bundle(
     }
     return LatencyReport(
         bundle.name,
-        bundle.precision.name,
+        bundle.precision.label,
         bundle.manifest.fields["weights"]["origin"],
         case,
         timings,

@@ -43,6 +43,10 @@ WEIGHTS_MEMORY = 350_000_000
 RANDOM_BYTES_PER_VALUE = 8
 # A tensor that a LoRA changes is held in fp32: measured 0.228 GB for one of 18432 × 3072.
 MERGED_BYTES_PER_VALUE = 4
+# Computed, not measured: a parameter in fp32 as it is quantized, with its codes and what is searched; smoothing makes
+# another copy.
+QUANTIZED_BYTES_PER_VALUE = 6
+SMOOTHED_BYTES_PER_VALUE = 10
 
 # bench/results/engine_build.json: TensorRT-RTX 1.7.1 for SM89, 24 joint blocks, 4.06 GB of fp16 weights, serialized to
 # a stream: a peak of 5.7 GB of anonymous memory with the process's own, 2.0 GB in four segments; the weights' file is
@@ -62,9 +66,15 @@ VERIFY_SECONDS_PER_VALUE_AND_TOKEN = 179 / 2.03e9 / 4083
 WHOLE_SECONDS_PER_VALUE_AND_TOKEN = 168 / 2.03e9 / 4083
 # Not measured: one evaluation of the eager model, of the four (two of them the engine's) of verification.
 CALIBRATE_SECONDS_PER_VALUE_AND_TOKEN = VERIFY_SECONDS_PER_VALUE_AND_TOKEN / 4
+# Not measured: each is a pass over the model, on the samples that calibration keeps. A budget measures each part once and
+# several sets; an fp16 plan computes each call exactly and a few times emulated.
+BUDGET_PASSES_PER_UNIT = 1
+BUDGET_PASSES = 8
+FP16_PLAN_PASSES = 6
 VERIFY_MEMORY = 350_000_000
 VERIFY_BLOCK_FACTOR = 3  # over the largest call's weights in fp32 (eager call, session, its copy): fitted to 1.06 GB
 VERIFY_BYTES_PER_TOKEN_AND_CHANNEL = 8  # computed, not measured: both chains' streams, of all cases at once
+FP8_SCORES = 7  # tensors of scores in fp32 that the eager model holds as it computes an FP8 attention, and its slack
 
 
 def make_plan(

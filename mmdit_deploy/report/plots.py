@@ -15,12 +15,17 @@ FLOOR = "noise floor"
 
 
 def block_plot(verdict: Verdict) -> str:
-    """rel-L2 by block, local and cumulative: a dot a case, a line for the worst. Empty if there is none."""
+    """rel-L2 by block, local and cumulative: a dot a case, a line for the worst. Empty if there is none.
+
+    What an operator inside of a block is off by is no point of the plot; the block is marked where it is the first.
+    """
     checks = [c for c in verdict.checks if c.level in ("local", "cumulative")]
     names = list(dict.fromkeys(c.name for c in checks))
     places = {name: i for i, name in enumerate(names)}
     x_title, labels = _block_labels(names)
-    first = next((c.name for c in checks if not c.passed), None)
+    levels = ("local", "nodes", "cumulative")
+    out = {c.name for c in verdict.checks if c.level in levels and c.name in places and not c.passed}
+    first = min(out, key=places.__getitem__, default=None)
     return _plot(
         verdict,
         checks,

@@ -173,6 +173,10 @@ def bounds_used(verdict: Verdict) -> list[tuple[str, Mapping[str, Any]]]:
     used = dict.fromkeys(c.bound_by for c in verdict.checks if c.binding and c.bound_by is not None)
     words = {"trajectory": "the last latent", "image": "the image"}
     named = [(words.get(name, f"calls in {name}"), verdict.tolerances[name]) for name in used]
+    wider = [verdict.tolerance_of(c) for c in verdict.checks if c.binding and c.bounds]
+    if wider:
+        widest = max(wider, key=lambda tolerance: float(tolerance["max_rel_l2"]))
+        named.append(("operators that quantize, at most", widest))
     return [("", verdict.tolerance), *named]
 
 

@@ -100,10 +100,10 @@ def bounds(tolerance: Mapping[str, Any]) -> str:
 
 
 def breaches(check: Check, tolerance: Mapping[str, Any]) -> str:
-    """Which bounds a check breaks: ``rel-L2 1.20e-01 > 0.005``. If none, the figures."""
-    errors = check.errors
+    """Which bounds a check breaks: ``rel-L2 1.20e-01 > 0.005``. If none, the figures; of a call's value, its name."""
+    errors, where = check.errors, f"{printable(check.value)}: " if check.value else ""
     if errors.nonfinite:
-        return errors_words(errors)
+        return where + errors_words(errors)
     broken = []
     for side, metric, bound in _sides(tolerance) if check.binding else ():
         value = getattr(errors, metric)
@@ -112,7 +112,7 @@ def breaches(check: Check, tolerance: Mapping[str, Any]) -> str:
         elif not (value >= bound if side == "min" else value <= bound):
             relation = "is not a number, bound" if math.isnan(value) else "<" if side == "min" else ">"
             broken.append(f"{METRICS[metric]} {_written(metric, value)} {relation} {bound:.12g}")
-    return "; ".join(broken) or errors_words(errors)
+    return where + ("; ".join(broken) or errors_words(errors))
 
 
 def machine_words(machine: Mapping[str, Any]) -> str:

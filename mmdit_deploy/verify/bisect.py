@@ -172,7 +172,9 @@ class _Search:
         return self._finding(call, matching, said, weights, seen)
 
     def _run(self, call: Call, matching: Matching, cases: Sequence[Case], values: Sequence[Values]) -> _Seen:
-        planned = PlannedCall(call.path, matching.program, self._eager.weights(call), self._plan)
+        planned = PlannedCall(
+            call.path, matching.program, self._eager.weights(call), self._plan, matching.fp32_inputs(self._plan)
+        )
         whole = self._whole.load(call)
         exposed = self._exposed.load(call, set(matching.values.values()))
         names = [t.name for t in call.kind.inputs]
@@ -192,7 +194,7 @@ class _Search:
             )
             seen.out += [(case, one) for one in compared if not one.passed]
             self.values += len(compared)
-            self.worst = max([self.worst, *(one.errors.rel_l2 / one.max_rel_l2 for one in compared if one.passed)])
+            self.worst = max([self.worst, *(one.share for one in compared if one.passed)])
             known.update(zip(call.outputs, expected, strict=True))
         return seen
 

@@ -26,11 +26,11 @@ class EngineCalls:
     """
 
     def __init__(self, graph: onnx.ModelProto, folder: Path, target: str, dtype: torch.dtype):
-        self._graph, self._folder, self._target, self._dtype = graph, folder, target, dtype
+        self.graph, self._folder, self._target, self._dtype = graph, folder, target, dtype
 
     def load(self, call: Call) -> EngineCall:
         """The call with its weights in memory."""
-        part = extract_call(self._graph, call.path)
+        part = extract_call(self.graph, call.path)
         session = open_session(part.SerializeToString(), self._target, weights_folder=self._folder)
         return EngineCall(session, call, self._dtype)
 

@@ -23,7 +23,7 @@ from mmdit_deploy.verify.chains import EngineCalls
 from mmdit_deploy.verify.noise_floor import FloorChain, FloorRequest, Measurement, floor_ways
 from mmdit_deploy.verify.records import Case, Check, Verdict
 from mmdit_deploy.verify.reference import Reference, ReferenceRecorder
-from mmdit_deploy.verify.streaming import Progress, check_output, replay_parity, stream_parity
+from mmdit_deploy.verify.streaming import Progress, check_output, first_calls, replay_parity, stream_parity
 from mmdit_deploy.verify.under_test import EngineUnderTest
 from mmdit_deploy.verify.whole import WholeEngine, in_words, whole_engine_refusal
 from mmdit_deploy.verify.wiring import check_wiring
@@ -42,8 +42,8 @@ def verify_against_weights(
     """Compare with the eager fp32 model that holds the source's weights: local and cumulative errors, by block.
 
     Args:
-        beside: other engines of the same model and precision. Their graphs are compared once per kind of call, which is
-            all that can differ, and they are run whole where this machine can.
+        beside: other engines of the same model and precision. Of their graphs, one call of each function is compared,
+            which is all that can differ, and they are run whole where this machine can.
         record: keeps the eager model's figures for those who have no weights.
         noise_floor: what to measure of it, see `floor_ways`.
 
@@ -73,16 +73,18 @@ def verify_against_weights(
         progress=progress,
     )
     if engine.plan is not None and engine.precision.quantized:
-        checks += check_as_planned(engine, source, unlike(cases))
+        nodes = check_as_planned(engine, source, unlike(cases), beside=beside, progress=progress)
+        for made, found in zip((checks, *checks_beside), nodes, strict=True):
+            made += found
     measured = [floor.measured for floor in floors]
     if record is not None:
         record.floors = measured
     expected = _Expected(cases, inputs, outputs, measured)
     reference = "the eager model in fp32"
-    kinds = len({call.kind.function for call in chain})
     stepped = [(engine, checks, f"{len(chain)} calls one by one")]
     stepped += [
-        (other, made, f"one call of each of {kinds} kinds") for other, made in zip(beside, checks_beside, strict=True)
+        (other, made, f"one call of each of {len(first_calls(other.graph, chain))} kinds")
+        for other, made in zip(beside, checks_beside, strict=True)
     ]
     return tuple(
         _verdict(one, source.description, made, expected, start, reference, (_how(one, how, cases),))

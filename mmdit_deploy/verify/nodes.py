@@ -13,8 +13,9 @@ measures where that arithmetic decides what a value is quantized to.
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 import onnx
@@ -23,11 +24,15 @@ from torch import Tensor, fx
 
 from mmdit_deploy.eager.planned import PlannedCall
 from mmdit_deploy.eager.program import Program
+from mmdit_deploy.precision import PrecisionPlan
 from mmdit_deploy.verify.exposed import Body
 from mmdit_deploy.verify.findings import Element
 from mmdit_deploy.verify.metrics import compare, within
 from mmdit_deploy.verify.records import Errors
 from mmdit_deploy.verify.tolerances import Tolerance
+
+# Nodes behind which the same numbers are, in another type or shape.
+_HAND_ON = frozenset("Cast Flatten Identity Reshape Squeeze Transpose Unsqueeze".split())
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Compared:
         made_by: the eager model's operator.
         value: its name in the graph's function, where others read it.
         errors: of the engine's against the eager model's, on the engine's own inputs.
-        max_rel_l2: the tolerance's, with the slack of what is quantized there.
+        bound: the tolerance, with the slack of what is quantized there.
         passed: whether they are within tolerance.
         element: the first that is off by more than the tolerance times a typical element; None if it passed.
     """
@@ -46,9 +51,14 @@ class Compared:
     made_by: fx.Node
     value: str
     errors: Errors
-    max_rel_l2: float
+    bound: Tolerance
     passed: bool
     element: Element | None = None
+
+    @property
+    def share(self) -> float:
+        """Its rel-L2, of what is allowed there."""
+        return self.errors.rel_l2 / self.bound.max_rel_l2
 
 
 class Matching:
@@ -88,6 +98,24 @@ class Matching:
         visit(node)
         return list(seen)
 
+    def fp32_inputs(self, plan: PrecisionPlan) -> Callable[[fx.Node], bool]:
+        """Which linear layers have their inputs in fp32 by the plan, for `PlannedCall`."""
+        # Where bf16 is emulated, fp32 stands for it, and nothing is kept wide.
+        return self.reads_fp32 if plan.wide.get(self.body.call) else lambda _: False
+
+    def reads_fp32(self, linear: fx.Node) -> bool:
+        """Whether the function computes with a linear layer's input in fp32, as it does with what fp16 cannot hold."""
+        x, value = linear.all_input_nodes[0], self.values.get(linear)
+        while x not in self.values and x.all_input_nodes:
+            x = x.all_input_nodes[0]
+        read = {self.values.get(x, x.name)}
+        for node in self.nodes_of(value) if value is not None else ():
+            for name in read.intersection(node.input):
+                if node.op_type not in _HAND_ON:
+                    return self.body.type_of(name) == onnx.TensorProto.FLOAT
+                read.update(node.output)
+        return False
+
     def nodes_of(self, value: str) -> list[onnx.NodeProto]:
         """The function's nodes that make a value since the last ones that the eager model has too, in order."""
         producers = {out: i for i, n in enumerate(self.body.function.node) for out in n.output}
@@ -124,7 +152,11 @@ def compare_nodes(
     def tap(node: fx.Node, value: Tensor) -> Tensor:
         name = matching.values.get(node)
         theirs = received.get(name) if name is not None else None
-        if name is None or theirs is None or theirs.shape != value.shape or not _has_values(value):
+        if name is None or theirs is None or not _has_values(value):
+            return value
+        if theirs.shape != value.shape:
+            if node.name in matching.program.outputs:  # others may be the same numbers in another shape
+                made.append(Compared(node, name, Errors(0.0, math.inf, math.inf), tolerance, passed=False))
             return value
         kept = node.name in wide or matching.program.outputs.get(node.name) in wide
         expected = value if kept else _rounded(value, compute)
@@ -132,7 +164,7 @@ def compare_nodes(
         bound = _loosened(tolerance, sum(slack.get(n, 0.0) for n in matching.made_of(node)))
         passed = within(errors, bound)
         element = None if passed else _first(theirs, expected, bound.max_rel_l2)
-        made.append(Compared(node, name, errors, bound.max_rel_l2, passed, element))
+        made.append(Compared(node, name, errors, bound, passed, element))
         usable = errors.nonfinite == 0
         return theirs.to(value.dtype) if usable else value
 

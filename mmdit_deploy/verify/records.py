@@ -74,6 +74,8 @@ class Check:
         passed: whether it is within tolerance; a check that does not bind passes if it is finite.
         bound_by: the name of its tolerance in the verdict's `tolerances`; None for the verdict's own.
         floor: rel-L2 of the noise floor at the same place; None where it was not measured.
+        value: of ``nodes``, which value of the call it is, by its name in the graph's function.
+        bounds: of its tolerance, those that are wider here, for what is quantized there may be rounded either way.
     """
 
     name: str
@@ -84,6 +86,8 @@ class Check:
     passed: bool
     bound_by: str | None = None
     floor: float | None = None
+    value: str | None = None
+    bounds: Mapping[str, float] | None = None
 
     @property
     def times_floor(self) -> float | None:
@@ -187,7 +191,8 @@ class Verdict:
 
     def tolerance_of(self, check: Check) -> Mapping[str, Any]:
         """The bounds of one of its checks."""
-        return self.tolerance if check.bound_by is None else self.tolerances[check.bound_by]
+        named = self.tolerance if check.bound_by is None else self.tolerances[check.bound_by]
+        return {**named, **(check.bounds or {})}
 
     @property
     def passed(self) -> bool:

@@ -80,20 +80,22 @@ class StoredWeights:
         Raises:
             CheckpointError: the source cannot be read.
         """
-        found: list[tuple[WeightDifference, tuple[int, int]]] = []
+        found: list[tuple[WeightDifference, tuple[int, int] | None]] = []
         known: dict[tuple[int, int], str] = {}
         with SafetensorsFile(self._path) as file:
             for key, expected in stream_planned(self._spec, source, plan):
-                known.setdefault(_fingerprint(expected), key)
+                mark = _fingerprint(expected)
+                if mark is not None:
+                    known.setdefault(mark, key)
                 info = file.tensors.get(key)
                 same = info is not None and (info.dtype, tuple(info.shape)) == (expected.dtype, tuple(expected.shape))
                 received = file.read(key) if same else None
                 difference = _difference(key, self._paths.get(key, key), received, expected)
                 if difference is not None:
-                    found.append((difference, (0, 0) if received is None else _fingerprint(received)))
+                    found.append((difference, None if received is None else _fingerprint(received)))
         by_call: dict[str, list[WeightDifference]] = {}
-        for difference, fingerprint in found:
-            named = replace(difference, resembles=known.get(fingerprint))
+        for difference, mark in found:
+            named = replace(difference, resembles=None if mark is None else known.get(mark))
             by_call.setdefault(call_of(difference.path), []).append(named)
         return by_call
 
@@ -156,9 +158,9 @@ def _bytes(flat: Tensor) -> Tensor:
     return flat.view(torch.uint8)
 
 
-def _fingerprint(tensor: Tensor) -> tuple[int, int]:
-    """The same for equal bytes; of equal values, such as a bias of zeros, no other tensor's."""
+def _fingerprint(tensor: Tensor) -> tuple[int, int] | None:
+    """The same for equal bytes; None where all values are equal: a scale, or a bias of zeros, resembles too many."""
     flat = tensor.contiguous().reshape(-1)
     if not flat.numel() or bool((flat.float() == flat[0].float()).all()):
-        return id(tensor), -1
+        return None
     return flat.nbytes, zlib.crc32(_bytes(flat).numpy().data)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import onnx
 import torch
 from torch import Tensor
 
@@ -45,8 +46,8 @@ def stream_parity(
         calls: the model's, in order.
         contract: of the engine: its compute type is what inputs are rounded to.
         inputs: of the model, for each case.
-        beside: other graphs of the model, of the same compute type. Of each, the first call of every kind is compared
-            on equal inputs: calls of one kind share their function.
+        beside: other graphs of the model, of the same compute type. Of each, the first call of every function is
+            compared on equal inputs: of `first_calls`.
         floors: measured on the way.
         record: keeps what the eager model computes, so that a later run needs no checkpoint.
         progress: called with the call's name, its index and the number of calls.
@@ -63,13 +64,16 @@ def stream_parity(
     last_use = last_uses(calls, contract)
     checks: list[Check] = []
     checks_beside: list[list[Check]] = [[] for _ in beside]
-    first_of_kind = {call.kind.function: call.path for call in reversed(calls)}
+    firsts = [first_calls(other.graph, calls) for other in beside]
     for index, call in enumerate(calls):
         if progress is not None:
             progress(call.path, index, len(calls))
         eager_call, engine_call = eager.load(call), engine.load(call)
-        is_first = first_of_kind[call.kind.function] == call.path
-        calls_beside = [other.load(call) for other in beside] if is_first else []
+        calls_beside = [
+            (made, other.load(call))
+            for made, other, first in zip(checks_beside, beside, firsts, strict=True)
+            if call.path in first
+        ]
         for floor in floors:
             floor.load(call, eager_call)
         for i, case in enumerate(cases):
@@ -79,7 +83,7 @@ def stream_parity(
             # In fp32 the rounded inputs are the exact ones, and one eager run serves both comparisons.
             reference = expected if compute == torch.float32 else eager_call(rounded)
             checks.append(_check(call, "local", case, engine_call(rounded), reference, bounds))
-            for made, other in zip(checks_beside, calls_beside, strict=False):
+            for made, other in calls_beside:
                 made.append(_check(call, "local", case, other(rounded), reference, bounds))
             chained = engine_call([ours[i][name] for name in call.inputs])
             level: Level = "output" if call is calls[-1] else "cumulative"
@@ -164,6 +168,15 @@ def _check(
     binding = level != "cumulative"
     passed = within(errors, tolerance) if binding else errors.nonfinite == 0
     return Check("sample" if level == "output" else call.path, level, case, errors, binding, passed, name)
+
+
+def first_calls(graph: onnx.ModelProto, calls: Sequence[Call]) -> frozenset[str]:
+    """Of every function of a graph, the path of the first call that calls it; calls of one function differ in values.
+
+    Calls of one kind may call several: variants, by what the plan quantizes in them, or keeps in fp32.
+    """
+    called = {node.name: node.op_type for node in graph.node}
+    return frozenset({called.get(call.path, call.kind.function): call.path for call in reversed(calls)}.values())
 
 
 def last_uses(calls: Sequence[Call], contract: Contract) -> list[list[str]]:

@@ -39,7 +39,8 @@ def test_an_output_that_is_none(refuse: Callable[..., str], checkpoint: Path, na
         ["--depth", "1", "--preset", "sd3-medium"],
         ["--depth", "1", "--dry-run", "--graph-only"],
         ["--depth", "1", "--seed", "x"],
-        ["--depth", "1", "--fp8"],
+        ["--depth", "1", "--fp8", "--int8"],
+        ["--depth", "1", "--fp16-plan", "most"],
         ["--depth"],
     ],
 )

@@ -8,6 +8,7 @@ import pytest
 
 from mmdit_deploy.build import RTX, TENSORRT
 from mmdit_deploy.export import default_targets, machine
+from mmdit_deploy.spec import precision
 
 
 @pytest.mark.parametrize(
@@ -36,3 +37,7 @@ def test_default_targets(
         packages = ("no-such-package", "numpy") if short in installed else ("no-such-package",)
         monkeypatch.setattr(machine, name, dataclasses.replace(flavour, distributions=packages, minimum="1"))
     assert default_targets() == expected
+    assert default_targets(precision("fp8")) == expected
+    assert default_targets(precision("fp4")) == tuple(
+        "rtx:sm120" if t == "rtx:sm89" and not gpu else t for t in expected
+    )

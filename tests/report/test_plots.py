@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from xml.etree import ElementTree as ET
@@ -44,6 +45,13 @@ def test_a_worse_block_is_drawn_higher(make_verdict: MakeVerdict) -> None:
     # Of each block's cases, all equal, the last local one stands for it; cumulative errors are no circles.
     heights = {hover(dot).split()[0]: float(dot.attrib["cy"]) for dot in dots(svg) if dot.tag == "circle"}
     assert heights["blocks.1"] < heights["blocks.0"] == heights["blocks.2"]
+    assert "first out: blocks.1" in words(svg)
+
+
+def test_a_block_is_marked_that_fails_only_inside(make_verdict: MakeVerdict) -> None:
+    verdict = make_verdict(3)
+    inside = dataclasses.replace(verdict.checks[0], name="blocks.1", level="nodes", passed=False)
+    svg = ET.fromstring(block_plot(dataclasses.replace(verdict, checks=(*verdict.checks, inside))))
     assert "first out: blocks.1" in words(svg)
 
 

@@ -72,6 +72,29 @@ def test_a_fault_is_found_in_the_graph_that_has_it(
     assert failure is not None and (failure.name, failure.level) == (call, "local")
 
 
+def test_a_variant_of_the_graph_beside_is_compared_too(
+    healthy: Callable[[str], Path], copy_of: Callable[..., Any]
+) -> None:
+    """Calls of one kind may call functions of their own: what a plan leaves out, or keeps in fp32."""
+    copy = copy_of("fp8")
+    good = dataclasses.replace(copy, path=healthy("fp8"))
+
+    def change(model: onnx.ModelProto) -> None:
+        node = next(n for n in model.graph.node if n.name == "modulations.1.img")
+        own = model.functions.add()
+        own.CopyFrom(next(f for f in model.functions if f.name == node.op_type))
+        own.name = node.op_type = f"{own.name}_variant"
+        last = next(n for n in own.node if own.output[0] in n.output)
+        last.output[list(last.output).index(own.output[0])] = "before"
+        own.node.append(onnx.helper.make_node("Neg", ["before"], [own.output[0]]))
+
+    copy.edit_graph(change)
+    right, wrong = verify(good, copy)
+    assert right.passed and "one call of each of 9 kinds" in wrong.executed[0]
+    failed = {(check.name, check.level) for check in wrong.checks if not check.passed}
+    assert failed == {("modulations.1.img", "local"), ("modulations.1.img", "nodes")}
+
+
 def test_a_miswired_graph_beside_is_refused(pair: tuple[Any, Any]) -> None:
     """A call of a kind that was compared already may read what is another's: that is looked at in the graph."""
 

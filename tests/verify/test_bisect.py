@@ -25,6 +25,7 @@ from mmdit_deploy.contract import Range
 from mmdit_deploy.export import ExportRequest
 from mmdit_deploy.model import Call
 from mmdit_deploy.spec import PRECISIONS, QUANTIZED, ModelSpec, precision
+from mmdit_deploy.verify import Case
 from mmdit_deploy.verify.findings import Bisection, Finding
 
 DEPTH = 24
@@ -193,7 +194,7 @@ def names_weight(key: str) -> Callable[[Finding, int], bool]:
 
 def names_scale(finding: Finding, index: int) -> bool:
     (difference,) = finding.weights
-    assert finding.node is not None
+    assert finding.node is not None and difference.resembles is None
     return difference.key in scales_of(index) and difference.key in finding.node.keys
 
 
@@ -301,9 +302,10 @@ def check(kind: str, index: int, bisection: Bisection) -> None:
 
 # Each kind in one block of one precision, the first and the last block among them; the sweep of all is below.
 SAMPLE = [(kind, ("fp16", "fp8")[i % 2], (0, 3, 5, 1)[i % 4]) for i, kind in enumerate(KINDS)]
+IN_FP8 = ("Q and K swapped", "fp8", 2)  # of an attention in FP8
 
 
-@pytest.mark.parametrize(("kind", "name", "index"), [*SAMPLE, ("a gate dropped", "fp8", DEPTH - 1)])
+@pytest.mark.parametrize(("kind", "name", "index"), [*SAMPLE, ("a gate dropped", "fp8", DEPTH - 1), IN_FP8])
 def test_a_planted_fault_is_found_by_name(
     broken: Callable[[str, str, int], Bisection], kind: str, name: str, index: int
 ) -> None:
@@ -329,9 +331,25 @@ def test_a_healthy_model_yields_none(healthy: Callable[[str], Path], name: str) 
     assert "nothing is wrong" in bisection.text() and bisection.graph in bisection.text()
 
 
-def test_a_healthy_model_with_attention_in_fp8_yields_none(bundle_of: Callable[..., Path]) -> None:
-    bisection = bisect_bundle(bundle_of("fp8", None, 2), full=True)
+@pytest.mark.parametrize("base", ["fp16", "bf16"])
+def test_a_healthy_model_with_attention_in_fp8_yields_none(
+    bundle_of: Callable[..., Path], opened: Callable[[Path], Any], base: str
+) -> None:
+    path = bundle_of("fp8", base, 2)
+    assert opened(path).engine().plan.attentions.keys() == {"blocks.0", "blocks.1"}
+    bisection = bisect_bundle(path, full=True)
     assert bisection.found is None, bisection.text()
+
+
+def test_verification_rejects_a_mutant_whose_attention_is_in_fp8(
+    bundle_of: Callable[..., Path], opened: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    copy = opened(Path(shutil.copytree(bundle_of("fp8", "fp16", 2), tmp_path / "copy")))
+    cases = (Case(1, 6, 6, 8, timestep=999.0),)
+    assert copy.verify(cases, whole=False).passed
+    swap_q_and_k(copy, 0)
+    wrong = [check for check in copy.verify(cases, whole=False).checks if not check.passed and check.level == "nodes"]
+    assert [check.name for check in wrong] == ["blocks.0"]
 
 
 def test_without_the_weights_the_first_block_that_is_out_is_named(

@@ -1,0 +1,103 @@
+"""A quantized engine beside the eager model as planned: what is compared with what, and what is said of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import onnx
+import pytest
+import torch
+from torch import Tensor
+
+from mmdit_deploy.checkpoint.keys import Part
+from mmdit_deploy.checkpoint.weights import RandomWeights
+from mmdit_deploy.contract import Range
+from mmdit_deploy.eager.planned import PlannedCall
+from mmdit_deploy.export import ExportRequest
+from mmdit_deploy.model import Call, calls
+from mmdit_deploy.report.words import breaches
+from mmdit_deploy.spec import ModelSpec, precision
+from mmdit_deploy.verify import TOLERANCES
+from mmdit_deploy.verify.exposed import Body
+from mmdit_deploy.verify.nodes import Matching, compare_nodes
+
+RANGES = {"batch": Range(1, 1, 2), "img_tokens": Range(4, 16, 48), "txt_tokens": Range(1, 8, 16)}
+UP, DOWN = (rf"transformer_blocks\.1\.ff\.net\.{i}\.weight" for i in (r"0\.proj", "2"))
+
+
+class TooLarge(RandomWeights):
+    """What the last MLP hands on inside is far beyond fp16's range, and what it gives is not."""
+
+    def part(self, part: Part) -> Tensor:
+        factor = 3e5 if re.fullmatch(UP, part.key) else 1e-5 if re.fullmatch(DOWN, part.key) else 1.0
+        return super().part(part) * factor
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _traced(programs_for: Callable[..., Mapping[str, Any]], tiny_spec: ModelSpec) -> Iterator[None]:
+    def programs(chain: Sequence[Call], dtype: torch.dtype) -> Mapping[str, Any]:
+        return programs_for(tiny_spec, dtype)
+
+    with (
+        mock.patch("mmdit_deploy.verify.as_planned.programs_of", programs),
+        mock.patch("mmdit_deploy.export.planning.programs_of", programs),
+    ):
+        yield
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8"])
+def test_what_is_quantized_from_fp32_is_compared_with_the_same(
+    quick_export: Callable[..., Any], tiny_spec: ModelSpec, tmp_path: Path, name: str
+) -> None:
+    compute = precision(name, "fp16")
+    source, out = TooLarge(3), tmp_path / "bundle"
+    result = quick_export(ExportRequest(tiny_spec, source, compute, out=out, ranges=RANGES, fp16_plan="auto"))
+    (verdict,) = result.verdicts
+    assert verdict.passed
+    model = onnx.load(next(result.path.glob("model.ort*.onnx")), load_external_data=False)
+    body = Body.of(model, "blocks.1")
+    assert body.type_of("gelu") == onnx.TensorProto.FLOAT
+    # Nothing hides behind what the quantized layer would make of infinity.
+    inside = [check for check in verdict.checks if check.level == "nodes"]
+    assert inside and all(check.errors.rel_l2 < TOLERANCES["fp16"].max_rel_l2 for check in inside)
+
+
+def test_a_wider_bound_and_the_value_are_told(copy_of: Callable[[str], Any]) -> None:
+    verdict = copy_of("fp8").verify(whole=False)
+    wider = next(check for check in verdict.checks if check.bounds)
+    assert wider.level == "nodes" and wider.value
+    bound = verdict.tolerance_of(wider)
+    assert bound["max_rel_l2"] == wider.bounds["max_rel_l2"] > verdict.tolerances["fp16"]["max_rel_l2"]
+    assert wider.bounds["min_cosine"] <= verdict.tolerances["fp16"]["min_cosine"]
+    off = dataclasses.replace(wider, errors=dataclasses.replace(wider.errors, rel_l2=2 * bound["max_rel_l2"]))
+    assert breaches(off, bound).startswith(f"{wider.value}: rel-L2 ")
+    record = next(c for c in verdict.to_json()["checks"] if c.get("bounds"))
+    assert record["value"] == wider.value and record["bounds"] == wider.bounds
+
+
+def test_an_output_of_another_shape_is_out_of_tolerance(
+    copy_of: Callable[[str], Any], programs_for: Callable[..., Mapping[str, Any]], tiny_spec: ModelSpec
+) -> None:
+    engine = copy_of("fp8").engine()
+    call = next(c for c in calls(engine.spec) if c.path == "txt_embed")
+    matching = Matching(programs_for(tiny_spec, torch.float16)[call.kind.function], Body.of(engine.graph, call.path))
+    width = engine.spec.txt_dim
+    weights = {name: torch.ones(shape) for name, shape in _shapes(matching).items()}
+    planned = PlannedCall(call.path, matching.program, weights, engine.plan)
+    given = {t.name: torch.ones(1, 2, width) for t in call.kind.inputs}
+    name = next(matching.values[n] for n in matching.values if n.name in matching.program.outputs)
+    (compared,) = compare_nodes(
+        matching, planned, given, {name: torch.ones(1, 1)}, torch.float16, (), TOLERANCES["fp16"]
+    )
+    assert not compared.passed and math.isinf(compared.errors.rel_l2)
+
+
+def _shapes(matching: Matching) -> dict[str, tuple[int, ...]]:
+    nodes = {n.name: n for n in matching.program.module.graph.nodes}
+    return {name: tuple(nodes[p].meta["val"].shape) for p, name in matching.program.names.items()}
