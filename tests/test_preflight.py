@@ -14,8 +14,10 @@ from mmdit_deploy.build import check_targets
 from mmdit_deploy.contract import Contract, parse_profile
 from mmdit_deploy.errors import MachineError, UsageError
 from mmdit_deploy.families import preset
+from mmdit_deploy.precision import QuantizationRecipe
+from mmdit_deploy.precision.structure import structure
 from mmdit_deploy.preflight import Plan, Stage, check_plan, estimates, make_plan, rough_time
-from mmdit_deploy.spec import PRECISIONS, ModelSpec, from_depth
+from mmdit_deploy.spec import PRECISIONS, ModelSpec, from_depth, precision
 
 GIB = 2**30
 LARGE = preset("sd3.5-large")
@@ -233,6 +235,36 @@ def test_random_weights_take_longer_than_a_checkpoint() -> None:
     read, drawn = (plan_of(from_checkpoint=value).stages[1] for value in (True, False))
     assert drawn.seconds > read.seconds and drawn.memory_bytes > read.memory_bytes
     assert 400e6 < read.memory_bytes < 450e6  # measured: 0.42 GB
+
+
+def test_a_quantized_model_takes_its_calibration_a_search_and_memory_for_what_is_quantized() -> None:
+    spec = from_depth(24)
+    plans = {}
+    for name in ("w4a16", "int8", "fp8"):
+        compute = precision(name)
+        recipe = QuantizationRecipe.default(name)
+        targets = check_targets(("ort-cpu",), compute, tuple(recipe.schemes.values()))
+        plans[name] = make_plan(
+            spec,
+            compute,
+            Contract.of(spec, compute),
+            targets,
+            from_checkpoint=True,
+            quantized=structure(spec, compute, recipe),
+            calibrated=name != "w4a16",
+            budgeted=name == "fp8",
+            islands=name == "fp8",
+            memory=24 * GIB,
+        )
+    stages = {name: {s.name: s for s in plan.stages} for name, plan in plans.items()}
+    assert [next(iter(found)) for found in stages.values()] == ["graph", "calibrate", "calibrate"]
+    assert list(stages["fp8"])[1:3] == ["budget", "fp16 plan"] and "budget" not in stages["int8"]
+    assert stages["fp8"]["budget"].seconds > stages["fp8"]["calibrate"].seconds
+    plain, smoothed = (stages[name]["weights"].memory_bytes for name in ("fp8", "int8"))
+    largest = spec.width * spec.mlp_width
+    assert smoothed - plain == 4 * largest
+    scores = stages["fp8"]["verify ort-cpu"].memory_bytes - stages["int8"]["verify ort-cpu"].memory_bytes
+    assert scores == 7 * 4 * spec.num_heads * max(2 * (16 * 17 + 32) ** 2, (20 * 15 + 120) ** 2)
 
 
 def test_figures_that_were_not_measured_are_called_so() -> None:

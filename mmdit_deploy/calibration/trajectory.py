@@ -28,6 +28,7 @@ from mmdit_deploy.sampling import euler_step, schedule, timesteps
 from mmdit_deploy.spec import PRECISIONS, ModelSpec
 
 STEPS = 8
+KEPT_STEPS = (1, 4, 6)  # what errors are measured on where that is asked: early, in the middle and late
 SEED = 20_241_115  # of noise and prompts; weights have their own
 # Rows, columns and text tokens: square, wide and tall, small enough for a 2 B model on two cores.
 SIZES = ((16, 16, 77), (16, 18, 32), (20, 14, 120))

@@ -11,13 +11,12 @@ import torch
 from mmdit_deploy.calibration.captured import calibrate_captured, read_captured
 from mmdit_deploy.calibration.observe import Progress
 from mmdit_deploy.calibration.statistics import Statistics
-from mmdit_deploy.calibration.trajectory import PROMPTS, SEED, SIZES, STEPS, calibrate_trajectory
+from mmdit_deploy.calibration.trajectory import KEPT_STEPS, PROMPTS, SEED, SIZES, STEPS, calibrate_trajectory
 from mmdit_deploy.eager.calls import Values
 from mmdit_deploy.eager.program import Program
 from mmdit_deploy.export.request import ExportRequest
 
 Log = Callable[[str], None]
-KEPT_STEPS = (1, 4, 6)  # of a trajectory: what errors are measured on, early, in the middle and late
 KEPT_SAMPLES = 6  # of captured ones, evenly spaced: a pipeline's calls come step after step
 
 

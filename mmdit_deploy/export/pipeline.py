@@ -51,6 +51,8 @@ def preflight(request: ExportRequest) -> Plan:
         from_checkpoint=not isinstance(request.source, RandomWeights),
         quantized=request.structure,
         calibrated=calibrates(request),
+        budgeted=request.budget is not None,
+        islands=request.seeks_islands,
         merged=bool(request.loras),
         segments=request.segments,
         verify=request.verify,

@@ -29,6 +29,7 @@ from mmdit_deploy.calibration.quantization import (
 from mmdit_deploy.calibration.scales_file import Scales, read_scales, write_scales
 from mmdit_deploy.eager.program import Program
 from mmdit_deploy.eager.programs import programs_of
+from mmdit_deploy.errors import UsageError
 from mmdit_deploy.export.calibrated import Calibrated, by_tenths, calibrate
 from mmdit_deploy.export.request import ExportRequest
 from mmdit_deploy.model import calls
@@ -90,9 +91,15 @@ def check_calibration(request: ExportRequest) -> None:
 
     Raises:
         CheckpointError: a file cannot be read.
-        UsageError: it is not what it should be, or of another model.
+        UsageError: it is not what it should be, or of another model, or nothing is calibrated.
     """
     if request.calib is not None:
+        if not request.graph_only and not calibrates(request):
+            raise UsageError(
+                "--calib says what to calibrate on",
+                received=f"--calib with {request.precision.label}, of which only weights are quantized",
+                fix="drop it, or quantize inputs as well, e.g. --fp8",
+            )
         read_captured(request.calib, request.spec)
     if request.scales is not None:
         _recorded(request)

@@ -10,12 +10,13 @@ import math
 from collections.abc import Callable, Sequence
 
 from mmdit_deploy.build import Target
-from mmdit_deploy.calibration.trajectory import PROMPTS, SIZES, STEPS
+from mmdit_deploy.calibration.sensitivity import units_of
+from mmdit_deploy.calibration.trajectory import KEPT_STEPS, PROMPTS, SIZES, STEPS
 from mmdit_deploy.checkpoint.keys import parameters
 from mmdit_deploy.contract import Contract
 from mmdit_deploy.model import calls
 from mmdit_deploy.model.partition import call_bytes, partition
-from mmdit_deploy.precision import PrecisionPlan
+from mmdit_deploy.precision import PrecisionPlan, linears
 from mmdit_deploy.precision.weights import planned_call_bytes, planned_layout
 from mmdit_deploy.preflight.plan import Plan, Stage, gb
 from mmdit_deploy.runtime.memory import available_memory
@@ -66,9 +67,9 @@ VERIFY_SECONDS_PER_VALUE_AND_TOKEN = 179 / 2.03e9 / 4083
 WHOLE_SECONDS_PER_VALUE_AND_TOKEN = 168 / 2.03e9 / 4083
 # Not measured: one evaluation of the eager model, of the four (two of them the engine's) of verification.
 CALIBRATE_SECONDS_PER_VALUE_AND_TOKEN = VERIFY_SECONDS_PER_VALUE_AND_TOKEN / 4
-# Not measured: each is a pass over the model, on the samples that calibration keeps. A budget measures each part once and
-# several sets; an fp16 plan computes each call exactly and a few times emulated.
-BUDGET_PASSES_PER_UNIT = 1
+# Not measured: evaluations of the model on the samples that calibration keeps. A budget follows each part from its own
+# block to the end, and then measures several sets; an fp16 plan has each call exactly and a few times emulated.
+BUDGET_PASSES_PER_UNIT = 0.5
 BUDGET_PASSES = 8
 FP16_PLAN_PASSES = 6
 VERIFY_MEMORY = 350_000_000
@@ -86,6 +87,8 @@ def make_plan(
     from_checkpoint: bool,
     quantized: PrecisionPlan | None = None,
     calibrated: bool = False,
+    budgeted: bool = False,
+    islands: bool = False,
     merged: bool = False,
     segments: int | None = None,
     verify: bool = True,
@@ -98,7 +101,9 @@ def make_plan(
     Args:
         from_checkpoint: weights are read; else they are made up.
         quantized: what is quantized, as `mmdit_deploy.precision.structure` has it; None for nothing.
-        calibrated: the eager model is calibrated first.
+        calibrated: the eager model is calibrated first; on how much is that of its own trajectories.
+        budgeted: and of what is quantized, as much is chosen as a budget allows.
+        islands: and what fp16 must keep in fp32 is found.
         merged: LoRAs are added to the weights, in fp32.
         segments: engines that each TensorRT target is cut into; None for as few as fit comfortably.
         verify, thorough, graph_only: as in an export.
@@ -114,6 +119,11 @@ def make_plan(
     quantized = quantized or PrecisionPlan(precision)
     total = planned_layout(spec, quantized, {"format": "pt"}).total_bytes
     stages = [_calibration(spec, numel)] if calibrated else []
+    if calibrated and budgeted:
+        passes = BUDGET_PASSES + BUDGET_PASSES_PER_UNIT * len(units_of(spec, quantized))
+        stages.append(_search("budget", spec, numel, passes))
+    if calibrated and islands:
+        stages.append(_search("fp16 plan", spec, numel, FP16_PLAN_PASSES))
     stages.append(Stage("graph", GRAPH_SECONDS, GRAPH_MEMORY, disk_bytes=GRAPH_DISK))
     counts: dict[str, int] = {}
     largest_of = _largest_segment(spec, quantized)
@@ -124,7 +134,10 @@ def make_plan(
                 "weights",
                 total * CHECKPOINT_SECONDS_PER_BYTE if from_checkpoint else numel * RANDOM_SECONDS_PER_VALUE,
                 WEIGHTS_MEMORY
-                + largest * (precision.itemsize if from_checkpoint else RANDOM_BYTES_PER_VALUE)
+                + max(
+                    largest * (precision.itemsize if from_checkpoint else RANDOM_BYTES_PER_VALUE),
+                    _quantizing(spec, quantized),
+                )
                 + largest * (MERGED_BYTES_PER_VALUE if merged else 0),
                 disk_bytes=total,
             )
@@ -138,19 +151,51 @@ def make_plan(
                 stages.append(_build(target, total, largest_of, count, auto, profiles, memory))
         if verify:
             cases = default_cases(contract, precision, thorough=thorough)
-            stages += _verifications(spec, numel, targets, cases, memory, thorough)
+            stages += _verifications(spec, numel, targets, cases, memory, thorough, bool(quantized.attentions))
     return Plan(numel, total, tuple(stages), counts, memory)
 
 
 def _calibration(spec: ModelSpec, numel: int) -> Stage:
     """Trajectories of the eager model; weights are kept between steps only where there is room."""
-    tokens = PROMPTS * sum(rows * cols + txt_tokens for rows, cols, txt_tokens in SIZES)
+    tokens = _sampled_tokens()
     return Stage(
         "calibrate",
         numel * tokens * STEPS * CALIBRATE_SECONDS_PER_VALUE_AND_TOKEN,
         VERIFY_MEMORY
         + max(call_bytes(spec, PRECISIONS["fp32"]).values())
         + tokens * (VERIFY_BYTES_PER_TOKEN_AND_CHANNEL * spec.width + 4 * spec.mlp_width),
+    )
+
+
+def _search(name: str, spec: ModelSpec, numel: int, passes: float) -> Stage:
+    """What is found out by running the eager model again and again, on the samples that calibration kept.
+
+    Each sample has an exact chain and another one; a call's weights are there exactly, and as they are tried.
+    """
+    tokens = len(KEPT_STEPS) * _sampled_tokens()
+    return Stage(
+        name,
+        numel * tokens * passes * CALIBRATE_SECONDS_PER_VALUE_AND_TOKEN,
+        VERIFY_MEMORY
+        + VERIFY_BLOCK_FACTOR * max(call_bytes(spec, PRECISIONS["fp32"]).values())
+        + tokens * (2 * VERIFY_BYTES_PER_TOKEN_AND_CHANNEL * spec.width + 4 * spec.mlp_width),
+    )
+
+
+def _sampled_tokens() -> int:
+    """Tokens of one step of all trajectories."""
+    return PROMPTS * sum(rows * cols + txt_tokens for rows, cols, txt_tokens in SIZES)
+
+
+def _quantizing(spec: ModelSpec, plan: PrecisionPlan) -> int:
+    """Memory of quantizing the parameter that takes most."""
+    table = linears(spec)
+    return max(
+        (
+            table[path].numel * (SMOOTHED_BYTES_PER_VALUE if linear.scheme.smooth else QUANTIZED_BYTES_PER_VALUE)
+            for path, linear in plan.linears.items()
+        ),
+        default=0,
     )
 
 
@@ -199,7 +244,13 @@ def _build(
 
 
 def _verifications(
-    spec: ModelSpec, numel: int, targets: Sequence[Target], cases: Sequence[Case], memory: int, thorough: bool
+    spec: ModelSpec,
+    numel: int,
+    targets: Sequence[Target],
+    cases: Sequence[Case],
+    memory: int,
+    thorough: bool,
+    fp8_attention: bool,
 ) -> list[Stage]:
     """Each ONNX Runtime target block by block, and for all TensorRT targets the standard graph.
 
@@ -213,6 +264,7 @@ def _verifications(
         VERIFY_MEMORY
         + VERIFY_BLOCK_FACTOR * max(call_bytes(spec, PRECISIONS["fp32"]).values())
         + VERIFY_BYTES_PER_TOKEN_AND_CHANNEL * (tokens * spec.width + most * spec.mlp_width)
+        + (FP8_SCORES * scores if fp8_attention else 0)
     )
     work = numel * tokens
     seconds = work * VERIFY_SECONDS_PER_VALUE_AND_TOKEN

@@ -170,12 +170,12 @@ def _check(
     return Check("sample" if level == "output" else call.path, level, case, errors, binding, passed, name)
 
 
-def first_calls(graph: onnx.ModelProto, calls: Sequence[Call]) -> frozenset[str]:
+def first_calls(model: onnx.ModelProto, calls: Sequence[Call]) -> frozenset[str]:
     """Of every function of a graph, the path of the first call that calls it; calls of one function differ in values.
 
     Calls of one kind may call several: variants, by what the plan quantizes in them, or keeps in fp32.
     """
-    called = {node.name: node.op_type for node in graph.node}
+    called = {node.name: node.op_type for node in model.graph.node}
     return frozenset({called.get(call.path, call.kind.function): call.path for call in reversed(calls)}.values())
 
 

@@ -207,6 +207,10 @@ def _scheme(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     metadata["schemes"] = json.dumps({"blocks.0.img.mlp.up": "fp9"})
 
 
+def _list(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    metadata["schemes"] = json.dumps({"blocks.0.img.mlp.up": ["fp8"]})
+
+
 def _format(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     del metadata["format"]
 
@@ -227,6 +231,7 @@ SPOILED: dict[str, Callable[[dict[str, Tensor], dict[str, str]], None]] = {
     r"shape \[4\]": _long,
     "no factor is 0": _zero_factor,
     "'fp9'": _scheme,
+    r"\['fp8'\]": _list,
     "say format": _format,
     "depth 3, not 2": _spec,
     "hold the spec": _no_spec,

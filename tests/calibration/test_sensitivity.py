@@ -194,7 +194,9 @@ def test_the_search_holds_the_budget_whatever_predictions_are_worth(
         assert len(asked) <= 8
 
 
-@pytest.mark.parametrize("text", ["0.05", "rel_l2=", "rel_l2=-1", "rel_l2=nan", "rel_l2=inf", "cosine=0.9", ""])
+@pytest.mark.parametrize(
+    "text", ["0.05", "rel_l2=", "rel_l2=-1", "rel_l2=nan", "rel_l2=inf", "rel_l2=0", "rel_l2=1", "cosine=0.9", ""]
+)
 def test_a_budget_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="a budget is a relative L2 error"):
         parse_budget(text)

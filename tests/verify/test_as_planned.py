@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from torch import Tensor
 from mmdit_deploy.checkpoint.keys import Part
 from mmdit_deploy.checkpoint.weights import RandomWeights
 from mmdit_deploy.contract import Range
+from mmdit_deploy.eager.calls import EagerCalls
 from mmdit_deploy.eager.planned import PlannedCall
 from mmdit_deploy.export import ExportRequest
 from mmdit_deploy.model import Call, calls
@@ -35,7 +35,7 @@ class TooLarge(RandomWeights):
     """What the last MLP hands on inside is far beyond fp16's range, and what it gives is not."""
 
     def part(self, part: Part) -> Tensor:
-        factor = 3e5 if re.fullmatch(UP, part.key) else 1e-5 if re.fullmatch(DOWN, part.key) else 1.0
+        factor = 3e5 if re.fullmatch(UP, part.key) else 0.2 if re.fullmatch(DOWN, part.key) else 1.0
         return super().part(part) * factor
 
 
@@ -51,11 +51,10 @@ def _traced(programs_for: Callable[..., Mapping[str, Any]], tiny_spec: ModelSpec
         yield
 
 
-@pytest.mark.parametrize("name", ["fp8", "int8"])
 def test_what_is_quantized_from_fp32_is_compared_with_the_same(
-    quick_export: Callable[..., Any], tiny_spec: ModelSpec, tmp_path: Path, name: str
+    quick_export: Callable[..., Any], tiny_spec: ModelSpec, tmp_path: Path
 ) -> None:
-    compute = precision(name, "fp16")
+    compute = precision("fp8", "fp16")
     source, out = TooLarge(3), tmp_path / "bundle"
     result = quick_export(ExportRequest(tiny_spec, source, compute, out=out, ranges=RANGES, fp16_plan="auto"))
     (verdict,) = result.verdicts
@@ -69,16 +68,17 @@ def test_what_is_quantized_from_fp32_is_compared_with_the_same(
 
 
 def test_a_wider_bound_and_the_value_are_told(copy_of: Callable[[str], Any]) -> None:
-    verdict = copy_of("fp8").verify(whole=False)
-    wider = next(check for check in verdict.checks if check.bounds)
-    assert wider.level == "nodes" and wider.value
-    bound = verdict.tolerance_of(wider)
-    assert bound["max_rel_l2"] == wider.bounds["max_rel_l2"] > verdict.tolerances["fp16"]["max_rel_l2"]
-    assert wider.bounds["min_cosine"] <= verdict.tolerances["fp16"]["min_cosine"]
-    off = dataclasses.replace(wider, errors=dataclasses.replace(wider.errors, rel_l2=2 * bound["max_rel_l2"]))
-    assert breaches(off, bound).startswith(f"{wider.value}: rel-L2 ")
+    copy = copy_of("fp8")
+    copy.edit_weights(lambda tensors: tensors["blocks.0.img.mlp.up.weight_scale"].mul_(1.25))
+    verdict = copy.verify(whole=False)
+    off = next(check for check in verdict.checks if check.level == "nodes" and not check.passed)
+    bound = verdict.tolerance_of(off)
+    assert (off.name, off.value) == ("blocks.0", "linear_3")
+    assert off.errors.rel_l2 > bound["max_rel_l2"] == off.bounds["max_rel_l2"]
+    assert off.bounds["max_rel_l2"] > verdict.tolerances["fp16"]["max_rel_l2"]
+    assert breaches(off, bound).startswith("linear_3: rel-L2 ")
     record = next(c for c in verdict.to_json()["checks"] if c.get("bounds"))
-    assert record["value"] == wider.value and record["bounds"] == wider.bounds
+    assert record["value"] == off.value and record["bounds"] == off.bounds
 
 
 def test_an_output_of_another_shape_is_out_of_tolerance(
@@ -88,7 +88,7 @@ def test_an_output_of_another_shape_is_out_of_tolerance(
     call = next(c for c in calls(engine.spec) if c.path == "txt_embed")
     matching = Matching(programs_for(tiny_spec, torch.float16)[call.kind.function], Body.of(engine.graph, call.path))
     width = engine.spec.txt_dim
-    weights = {name: torch.ones(shape) for name, shape in _shapes(matching).items()}
+    weights = EagerCalls(engine.spec, RandomWeights(3)).weights(call)
     planned = PlannedCall(call.path, matching.program, weights, engine.plan)
     given = {t.name: torch.ones(1, 2, width) for t in call.kind.inputs}
     name = next(matching.values[n] for n in matching.values if n.name in matching.program.outputs)
@@ -96,8 +96,3 @@ def test_an_output_of_another_shape_is_out_of_tolerance(
         matching, planned, given, {name: torch.ones(1, 1)}, torch.float16, (), TOLERANCES["fp16"]
     )
     assert not compared.passed and math.isinf(compared.errors.rel_l2)
-
-
-def _shapes(matching: Matching) -> dict[str, tuple[int, ...]]:
-    nodes = {n.name: n for n in matching.program.module.graph.nodes}
-    return {name: tuple(nodes[p].meta["val"].shape) for p, name in matching.program.names.items()}
