@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from mmdit_deploy.calibration.graph_values import fused_functions
+from mmdit_deploy.calibration.trajectory import calibrate_trajectory, default_samples
 from mmdit_deploy.checkpoint import write_safetensors
 from mmdit_deploy.checkpoint.keys import parameters
 from mmdit_deploy.checkpoint.weights import (
@@ -408,3 +409,19 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with mock.patch("mmdit_deploy.graph.pipeline.trace_kinds", lambda calls, dtype: _trace_kinds(TINY, calls, dtype)):
         export(request)
     return out
+
+
+@pytest.fixture(scope="session")
+def short_trajectories() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Within the block, exports calibrate on two steps of small images."""
+
+    def short(spec: ModelSpec, *args: Any, **options: Any) -> Any:
+        samples = default_samples(spec, sizes=((4, 5, 3), (6, 4, 5)), prompts=1)
+        return calibrate_trajectory(spec, *args, **{**options, "samples": samples, "steps": 2})
+
+    @contextlib.contextmanager
+    def patched() -> Iterator[None]:
+        with mock.patch("mmdit_deploy.export.calibrated.calibrate_trajectory", short):
+            yield
+
+    return patched

@@ -20,6 +20,7 @@ from mmdit_deploy.export.manifest import STANDARD, WEIGHTS, graph_file, manifest
 from mmdit_deploy.export.planning import calibrates, check_calibration, plan_precision
 from mmdit_deploy.export.request import ExportRequest
 from mmdit_deploy.graph.pipeline import Graphs, build_graphs
+from mmdit_deploy.graph.trace import shared_traces
 from mmdit_deploy.model import calls
 from mmdit_deploy.model.partition import partition
 from mmdit_deploy.precision import PrecisionPlan
@@ -104,7 +105,7 @@ def export(request: ExportRequest, log: Log = lambda _: None, plan: Plan | None 
     if any(target.flavour for target in targets):
         for axis in _costly(contract):
             log(f"warning: {axis} from 1 costs a TensorRT plan several kernels a block; from 2 it does not")
-    with staged_bundle(request.directory, force=request.force) as folder:
+    with shared_traces(), staged_bundle(request.directory, force=request.force) as folder:
         planned = plan_precision(request, folder, log)
         layout = planned_layout(spec, planned.plan, {"format": "pt"})
         bf16 = bool(planned.plan.bf16_attentions)

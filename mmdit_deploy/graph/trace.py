@@ -7,6 +7,8 @@ import functools
 import logging
 import warnings
 from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from unittest import mock
 
 import onnx_ir as ir
@@ -45,16 +47,53 @@ def trace(kind: Kind, dtype: torch.dtype) -> ir.Function:
     Args:
         dtype: the compute type of weights and activations.
     """
+    shared, key = _shared.get(), (kind.function, dtype)
+    if shared is not None and key in shared.functions:
+        return shared.functions[key].clone()
     program, weights = export_kind(kind, dtype)
-    return _as_function(kind, program.model, weights)
+    function = _as_function(kind, program.model, weights)  # it takes the model apart
+    if shared is not None:
+        shared.functions[key] = function.clone()
+    return function
+
+
+@dataclass
+class _Shared:
+    """What was traced, by function and type."""
+
+    programs: dict[tuple[str, torch.dtype], tuple[torch.onnx.ONNXProgram, list[str]]] = field(default_factory=dict)
+    functions: dict[tuple[str, torch.dtype], ir.Function] = field(default_factory=dict)
+
+
+_shared: ContextVar[_Shared | None] = ContextVar("traces", default=None)
+
+
+@contextlib.contextmanager
+def shared_traces() -> Iterator[None]:
+    """Trace each kind of one model once within the block: for its graph, its calibration and its verification."""
+    token = _shared.set(_Shared())
+    try:
+        yield
+    finally:
+        _shared.reset(token)
 
 
 def export_kind(kind: Kind, dtype: torch.dtype) -> tuple[torch.onnx.ONNXProgram, list[str]]:
     """The kind as the exporter leaves it: operators of PyTorch, and ONNX nodes whose values have the same names.
 
     Returns:
-        The program, whose inputs are the activations and then the weights; and the weights' names.
+        The program, whose inputs are the activations and then the weights; and the weights' names. Its ONNX model is
+        `trace`'s to take.
     """
+    shared, key = _shared.get(), (kind.function, dtype)
+    if shared is None:
+        return _export(kind, dtype)
+    if key not in shared.programs:
+        shared.programs[key] = _export(kind, dtype)
+    return shared.programs[key]
+
+
+def _export(kind: Kind, dtype: torch.dtype) -> tuple[torch.onnx.ONNXProgram, list[str]]:
     with FakeTensorMode(), _default_dtype(dtype):
         module = kind.build()
         weights = {

@@ -64,6 +64,13 @@ def _call(command: str, *arguments: str | Path) -> Result:
     return Result(status, out.getvalue(), err.getvalue())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _short_trajectories(short_trajectories: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+    """Exports calibrate on little here: what calibration finds is tested elsewhere."""
+    with short_trajectories():
+        yield
+
+
 @pytest.fixture
 def run(
     traced_once: Callable[[], contextlib.AbstractContextManager[object]],

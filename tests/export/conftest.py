@@ -41,6 +41,13 @@ class Exported:
         return next(v for v in verdicts if v["target"] == target)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _short_trajectories(short_trajectories: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+    """Exports calibrate on little here: what calibration finds is tested elsewhere."""
+    with short_trajectories():
+        yield
+
+
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever this machine has: what is said of an engine that cannot run is tested here."""

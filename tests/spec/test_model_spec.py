@@ -186,6 +186,9 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
     assert_says_rule_received_and_fix(caught.value, "sd4")
     assert all(name in caught.value.rule for name in PRESETS)
     with pytest.raises(UsageError) as caught:
-        precision("fp8")
-    assert_says_rule_received_and_fix(caught.value, "fp8")
+        precision("fp6")
+    assert_says_rule_received_and_fix(caught.value, "fp6")
+    with pytest.raises(UsageError) as caught:
+        precision("fp8", "fp32")
+    assert_says_rule_received_and_fix(caught.value, "fp32")
     assert preset("sd3.5-large") is PRESETS["sd3.5-large"] and precision("bf16") is PRECISIONS["bf16"]

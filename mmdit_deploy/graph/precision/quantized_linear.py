@@ -100,10 +100,10 @@ class _Linear:
         node = made.producer()
         assert node is not None
         node.name = self._product.nodes[0].name  # which engines call their kernels after
+        if not scheme.block:  # first: a channel's factor is small, and a token's peak may not fit without it
+            made = self.add("Mul", [made, self._tensors["channel_scale"]], "by_channel", self._compute, dims)
         if peak is not None:
             made = self.add("Mul", [made, peak], "by_token", self._compute, dims)
-        if not scheme.block:
-            made = self.add("Mul", [made, self._tensors["channel_scale"]], "by_channel", self._compute, dims)
         if self._product.bias is not None:
             made = self.add("Add", [made, self._product.bias], "biased", self._compute, dims)
         return made
