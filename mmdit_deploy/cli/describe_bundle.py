@@ -54,7 +54,8 @@ def _precision_plan(bundle: Bundle) -> dict[str, Any]:
     Raises:
         BundleError: the manifest and the scales do not fit together.
     """
-    if bundle.manifest.fields["weights"]["file"] is None:
+    weights = bundle.manifest.fields["weights"]
+    if "file" in weights and weights["file"] is None:
         return _stated_plan(bundle)
     plan = bundle_plan(bundle)
     return {
