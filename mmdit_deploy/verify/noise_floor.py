@@ -140,7 +140,7 @@ class Measurement:
             name: {path: [_finite(values[i]) for i in self.cases] for path, values in table.items()}
             for name, table in (("alone", self.alone), ("chained", self.chained))
         }
-        return {"what": self.what, "cases": list(self.cases), **tables, "seconds": self.seconds}
+        return {"what": self.what, "cases": list(self.cases), **tables}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Measurement:
@@ -153,7 +153,7 @@ class Measurement:
             }
             for name in ("alone", "chained")
         )
-        return Measurement(str(data["what"]), cases, alone, chained, float(data["seconds"]))
+        return Measurement(str(data["what"]), cases, alone, chained)
 
 
 class FloorChain:
