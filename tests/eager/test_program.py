@@ -17,7 +17,12 @@ from mmdit_deploy.spec import ModelSpec, precision
 from mmdit_deploy.verify.cases import case_inputs
 from mmdit_deploy.verify.records import Case
 
-PRESETS = ("sd3.5-medium", "flux1-dev", "flux2-klein-4b", "qwen-image-edit-2511")
+# Tracing is dear: the other families' operators are those that calibration's tests compare with module hooks.
+PRESETS = (
+    "sd3.5-medium",
+    "flux1-dev",
+    *(pytest.param(name, marks=pytest.mark.soak) for name in ("flux2-klein-4b", "qwen-image-edit-2511")),
+)
 
 
 def tiny(name: str) -> ModelSpec:
