@@ -41,7 +41,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     names = [stage["name"] for stage in plan["stages"]]
     build = f"build rtx:sm86+sm89 ({count} segment{'s' if count > 1 else ''})"
     assert names == [
-        "calibrate", "fp16 plan", "graph", "weights", build, "verify ort-cpu", "verify ort-cpu (whole engine)", "verify model.onnx"
+        "calibrate", "fp16 plan", "graph", "weights", build,
+        "verify ort-cpu", "verify ort-cpu (whole engine)", "verify model.onnx",
     ]  # fmt: skip
     assert plan["memory_bytes"] > 0 and plan["disk_bytes"] > 2 * plan["weights_bytes"]
     assert all(name in result.err for name in names) and "dry run: nothing was written" in result.err
