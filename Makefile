@@ -47,8 +47,10 @@ lint: setup
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
+# A file of tests is one process's work: its tests share what they export. One thread each, for there are more files than
+# cores.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile --durations 60
 
 soak: setup
 	$(BIN)/python -m pytest -q -m soak --durations=0 > bench/results/soak.txt; status=$$?; cat bench/results/soak.txt; exit $$status
