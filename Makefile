@@ -50,7 +50,7 @@ lint: setup
 # A file of tests is one process's work: its tests share what they export. One thread each, for there are more files than
 # cores.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile --durations 60
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --durations 60
 
 soak: setup
 	$(BIN)/python -m pytest -q -m soak --durations=0 > bench/results/soak.txt; status=$$?; cat bench/results/soak.txt; exit $$status

@@ -40,7 +40,8 @@ def operations(kernel: EngineLayer) -> tuple[object, ...]:
 
 def moved(kernel: EngineLayer) -> tuple[object, ...]:
     """Elements that it reads and writes, whatever the tensors are called; not single integers, by which a kernel of a
-    dynamic engine learns sizes that one of a static engine knows."""
+    dynamic engine learns sizes that one of a static engine knows.
+    """
     return tuple(
         tuple(sorted((t.dtype, t.elements) for t in tensors if (t.dtype, t.elements) != ("Int64", 1)))
         for tensors in (kernel.inputs, kernel.constants or (), kernel.outputs)
