@@ -51,10 +51,11 @@ def _traced(programs_for: Callable[..., Mapping[str, Any]], tiny_spec: ModelSpec
         yield
 
 
+@pytest.mark.parametrize("name", ["fp8", "int8"])  # with a scale per tensor, and per token, found while it runs
 def test_what_is_quantized_from_fp32_is_compared_with_the_same(
-    quick_export: Callable[..., Any], tiny_spec: ModelSpec, tmp_path: Path
+    quick_export: Callable[..., Any], tiny_spec: ModelSpec, tmp_path: Path, name: str
 ) -> None:
-    compute = precision("fp8", "fp16")
+    compute = precision(name, "fp16")
     source, out = TooLarge(3), tmp_path / "bundle"
     result = quick_export(ExportRequest(tiny_spec, source, compute, out=out, ranges=RANGES, fp16_plan="auto"))
     (verdict,) = result.verdicts

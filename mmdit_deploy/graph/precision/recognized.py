@@ -65,7 +65,7 @@ def _sharing(dequantize: ir.Node | None) -> str:
     if (
         quantize is None
         or quantize.op_type != "QuantizeLinear"
-        or _before_casts(quantize.inputs[1]) is not _before_casts(dequantize.inputs[1])
+        or not _same_scale(quantize.inputs[1], dequantize.inputs[1])
     ):
         return "another scale"
     if dequantize.attributes.get_int("block_size", 0):
@@ -73,6 +73,16 @@ def _sharing(dequantize: ir.Node | None) -> str:
     # What has been divided by its token's largest has a constant scale, a calibrated one is an input.
     scale = _before_casts(quantize.inputs[1])
     return "tensor" if scale is None or scale.producer() is None else "token"
+
+
+def _same_scale(one: ir.Value | None, other: ir.Value | None) -> bool:
+    """One value, or equal constants: of what is rounded in 16 bit and read in fp32 there is one in each type."""
+    one, other = _before_casts(one), _before_casts(other)
+    if one is other:
+        return True
+    tensors = [ir.convenience.get_const_tensor(value) for value in (one, other) if value is not None]
+    numbers = [float(t.numpy()) for t in tensors if t is not None and t.size == 1]
+    return len(numbers) == 2 and numbers[0] == numbers[1]
 
 
 def _before_casts(value: ir.Value | None) -> ir.Value | None:

@@ -7,7 +7,7 @@ What reads an fp32 value is computed in fp32, and so is what makes one. What com
 
 - a norm's result that only modulates read: Modulate reads it as it is, and comes back to 16 bit behind it
 - the same numbers in another shape, or what is counted from them to quantize them
-- a product before its bias and its scale by channel
+- a product before its bias and its scales by channel and by token
 
 What only moves numbers that are in 16 bit stays in 16 bit. Attention is never computed in fp32, which TensorRT-RTX has
 no fused kernel for: where Q, K or V are fp32 it is computed in bf16, which holds what fp32 holds.
@@ -112,8 +112,8 @@ class _Decision:
                 self._widen(out)
 
     def _precede(self, node: ir.Node) -> None:
-        """A product whose bias is added, or that is scaled by channel, to make an fp32 value."""
-        varying = [v for v in node.inputs if v is not None and not is_parameter(v)]
+        """A product whose bias is added, or that is scaled by channel or by token, to make an fp32 value."""
+        varying = [v for v in node.inputs if v is not None and not is_parameter(v) and not _one_per_token(v)]
         if node.op_type in ("Add", "Mul") and len(varying) == 1 and len(varying[0].uses()) == 1:
             before = varying[0].producer()
             if before is not None and before.op_type in (*_PRODUCTS, "Add", "Mul"):
@@ -139,6 +139,10 @@ class _Decision:
 def is_parameter(value: ir.Value | None) -> bool:
     """Whether it is of the same size for any input: weights, scales, constants, and what is made of them alone."""
     return value is None or (value.shape is not None and all(isinstance(dim, int) for dim in value.shape))
+
+
+def _one_per_token(value: ir.Value) -> bool:
+    return value.shape is not None and len(value.shape) > 1 and value.shape[-1] == 1
 
 
 def is_fp16_clip(node: ir.Node) -> bool:
