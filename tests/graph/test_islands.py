@@ -222,10 +222,10 @@ def test_a_layer_whose_tokens_are_divided_by_their_largest_is_in_fp32_around_its
     quantize_linear(joint, "img.mlp.down", SCHEMES["int8"], torch.float16)
     widen(joint, {wide})
     found = values(joint)
-    assert found["img.mlp.down.product"].dtype == FP16  # of numbers up to one
     assert found["img.mlp.down.peak"].dtype == (FP32 if wide == "gelu" else FP16)
-    assert found["img.mlp.down.by_channel"].dtype == FP16  # nor are these larger than a row of weights allows
-    assert (found["linear_4"].dtype == FP32) == (wide == "linear_4")
+    # Where the result does not fit, the weights alone may be why.
+    for name in ("img.mlp.down.product", "img.mlp.down.by_channel", "linear_4"):
+        assert (found[name].dtype == FP32) == (wide == "linear_4")
     (codes,) = quantizes(joint)
     assert codes.inputs[0] is not None and codes.inputs[0].dtype == FP16
     onnx.checker.check_model(called(joint))
