@@ -1,4 +1,4 @@
-# Everything lives in .venv and dist/; nothing needs root, and nothing but pip uses the network.
+# Everything lives in .venv and dist/; nothing needs root, and nothing but setup and cpp-headers uses the network.
 .POSIX:
 
 PYTHON = python3
@@ -9,6 +9,7 @@ help:
 	@echo 'make export   set up, then export the 2 B model of the SD3 paper (random weights): a bundle with engines in dist/'
 	@echo 'make test     set up, then check style, layers and types, and run the whole test suite'
 	@echo 'make lint     set up, then check style, layers and types'
+	@echo 'make cpp      set up, then build the C++ runtime in dist/cpp, where there is a compiler'
 	@echo 'make soak     set up, then run the long tests; the result goes to bench/results/soak.txt'
 	@echo 'make setup    make .venv; does nothing when it is up to date, repairs it when it is broken'
 	@echo 'make clean    remove .venv and the caches; dist/ stays'
@@ -47,15 +48,45 @@ lint: setup
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
+# The C++ runtime against the wheel's ONNX Runtime: optimized, and with sanitizers. Its tests are skipped where it cannot
+# be built. CPP_BUILDS="threads" builds it for ThreadSanitizer.
+CPP = dist/cpp
+CPP_BUILDS = release sanitized
+CPP_JOBS = 2
+CPP_TESTED = -DCMAKE_BUILD_TYPE=None -DMMDIT_TESTS=$(CURDIR)/tests/cpp
+DEBIAN = http://deb.debian.org/debian
+
+cpp: setup
+	@if command -v cmake >/dev/null && printf '#include <openssl/evp.h>\n' | c++ -E -x c++ - >/dev/null 2>&1; \
+	then $(MAKE) cpp-builds; \
+	else echo 'The C++ runtime is left out, and its tests are skipped: apt install cmake g++ libssl-dev' >&2; fi
+
+cpp-headers:
+	@$(BIN)/python engines/cpp/debian_headers.py $(DEBIAN) $(CPP)/headers
+
+cpp-builds: cpp-headers
+	@for build in $(CPP_BUILDS); do \
+	    case $$build in \
+	    release) flags='-DCMAKE_BUILD_TYPE=Release';; \
+	    sanitized) flags='$(CPP_TESTED) -DMMDIT_SANITIZE=address,undefined';; \
+	    threads) flags='$(CPP_TESTED) -DMMDIT_SANITIZE=thread';; \
+	    esac; \
+	    cmake -S engines/cpp -B $(CPP)/$$build $$flags -DMMDIT_TENSORRT=OFF \
+	        -Dnlohmann_json_DIR=$(CURDIR)/$(CPP)/headers/share/cmake/nlohmann_json \
+	        -DONNXRUNTIME_INCLUDE_DIR=$(CURDIR)/$(CPP)/headers/include/onnxruntime \
+	        -DONNXRUNTIME_LIBRARY="$$(echo $(CURDIR)/$(VENV)/lib/python3*/site-packages/onnxruntime/capi/libonnxruntime.so.*)" \
+	        && cmake --build $(CPP)/$$build -j $(CPP_JOBS) || exit 1; \
+	done
+
 # A file of tests is one process's work: its tests share what they export. One thread each, for there are more files than
 # cores.
-test: lint
+test: lint cpp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --durations 60
 
-soak: setup
+soak: cpp
 	$(BIN)/python -m pytest -q -m soak --durations=0 > bench/results/soak.txt; status=$$?; cat bench/results/soak.txt; exit $$status
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis
 
-.PHONY: help setup export lint test soak clean
+.PHONY: help setup export lint cpp cpp-headers cpp-builds test soak clean

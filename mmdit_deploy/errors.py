@@ -30,6 +30,10 @@ class UsageError(MMDiTError):
     """The arguments contradict each other or name something that does not exist."""
 
 
+class EnginePartError(UsageError, AttributeError):
+    """An engine does not have what a model of layers would: `hasattr` says no, and asking says what to do instead."""
+
+
 class CheckpointError(MMDiTError):
     """A checkpoint file or folder is missing, broken, of an unknown kind, or does not fit the spec."""
 

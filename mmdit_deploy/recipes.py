@@ -38,6 +38,7 @@ class Recipe:
         targets: engines to build, e.g. ``("ort-cpu",)``; empty for the defaults of the machine.
         ranges: by axis; the contract's defaults where not given.
         profiles: TensorRT's optimization profiles; one of the ranges where not given.
+        split_conditioning: the modulation of a schedule is made by a graph and an engine of their own.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Recipe:
     targets: tuple[str, ...] = ()
     ranges: Mapping[str, Range] = field(default_factory=dict)
     profiles: tuple[Profile, ...] = ()
+    split_conditioning: bool = False
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -181,6 +183,12 @@ def _table(value: Any) -> dict[str, Any]:
     return value
 
 
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise UsageError("it is true or false")
+    return value
+
+
 def _targets(value: Any) -> tuple[str, ...]:
     names = _texts(value, "a list of targets")
     for name in names:
@@ -217,5 +225,6 @@ _FIELDS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
     "targets": (_targets, 'targets = ["ort-cpu", "rtx:sm89"]'),
     "ranges": (_ranges, 'batch = "1:2:4" under [ranges]'),
     "profiles": (_profiles, 'profiles = ["batch=2,img_tokens=1024:4096:4096"]'),
+    "split_conditioning": (_flag, "split_conditioning = true"),
 }
 _REQUIRED = {"description", "preset", "precision"}

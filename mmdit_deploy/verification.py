@@ -17,7 +17,15 @@ from mmdit_deploy.checkpoint.weights import RandomWeights, WeightSource, open_we
 from mmdit_deploy.errors import BundleError, MachineError, MMDiTError, UsageError
 from mmdit_deploy.graph.lower import lower
 from mmdit_deploy.lora import LoraWeights, open_recorded
-from mmdit_deploy.runtime import check_runnable, check_runs_here, engine_files, engine_graph, runnable_target
+from mmdit_deploy.runtime import (
+    check_runnable,
+    check_runs_here,
+    engine_files,
+    engine_graph,
+    engine_parts,
+    runnable_target,
+    stepped_graph,
+)
 from mmdit_deploy.verify import (
     EngineUnderTest,
     Reference,
@@ -188,7 +196,7 @@ def engine_under_test(bundle: Bundle, target: Target, whole: bool, *, runs: bool
     plan = bundle_plan(bundle)
     if target.flavour is None:
         record, files = None, [engine_graph(bundle, target.name)]
-        graph = onnx.load(files[0], load_external_data=False)
+        graph = onnx.load(stepped_graph(bundle, target.name), load_external_data=False)
     else:
         record, files = engine_files(bundle, target.name)
         if runs:
@@ -210,6 +218,7 @@ def engine_under_test(bundle: Bundle, target: Target, whole: bool, *, runs: bool
         outputs=tuple(bundle.manifest.fields["outputs"]),
         whole=whole,
         plan=plan,
+        parts=engine_parts(bundle, target.name),
     )
 
 

@@ -122,6 +122,13 @@ _NOT_OF_OTHERS = (
     "residuals",
     "dual_attention_blocks",
     "qk_norm",
+    # what a function reads and makes shows these
+    "latent_channels",
+    "out_channels",
+    "txt_dim",
+    "pooled_dim",
+    "guidance",
+    "still_references",
 )
 _FUNCTIONS: dict[object, ir.Function] = {}
 _EXPORTED: dict[object, tuple[torch.onnx.ONNXProgram, list[str]]] = {}

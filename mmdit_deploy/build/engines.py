@@ -31,6 +31,7 @@ from mmdit_deploy.graph.lower import lower
 from mmdit_deploy.graph.lower.batched_modulation import batched_modulation
 from mmdit_deploy.graph.modulations import check_modulations
 from mmdit_deploy.graph.onnx_file import to_ir
+from mmdit_deploy.graph.split import Table, through_table
 from mmdit_deploy.hashed_file import WrittenFile
 from mmdit_deploy.model import calls
 from mmdit_deploy.precision import PrecisionPlan
@@ -50,6 +51,9 @@ def build_target(
     segments: Sequence[Sequence[str]],
     log: Log,
     plan: PrecisionPlan | None = None,
+    *,
+    table: Table | None = None,
+    part: str = "",
 ) -> tuple[EngineRecord, dict[str, tuple[int, str]]]:
     """Build a target's engines into a bundle's folder.
 
@@ -60,6 +64,9 @@ def build_target(
         segments: the model's calls, by segment.
         log: gets a line for people now and then, and the builder's warnings.
         plan: what of it is quantized; nothing where there is none.
+        table: what modulation passes through, of a model that is split in two; `contract` and `segments` are then those
+            of one part.
+        part: a folder of its own within the target's, for a part besides the trunk.
 
     Returns:
         What was built, and size and SHA-256 of the engine files, by path in the bundle.
@@ -78,9 +85,12 @@ def build_target(
     if flavour is None:
         raise ValueError(f"{target.name} is no TensorRT target")
     plan = plan or PrecisionPlan(precision)
-    check_profiles(spec, plan, contract.profiles)
+    if any(plan.attentions.get(call) for run in segments for call in run):
+        check_profiles(spec, plan, contract.profiles)
     fused = precision.base in flavour.fused_attention
-    into = folder / target.folder
+    place = f"{target.folder}/{part}" if part else target.folder
+    whole = f"{target.name} {part}" if part else target.name
+    into = folder / place
     into.mkdir(parents=True)
     records: list[SegmentRecord] = []
     layers: dict[str, Sequence[EngineLayer]] = {}
@@ -88,12 +98,14 @@ def build_target(
     modulating = {call.path for call in calls(spec) if call.modulates}
     with BuildLog(into / BUILD_LOG, lambda line: log(f"build: {target.name}: {line}")) as build_log:
         for i, run in enumerate(segments):
-            what = target.name if len(segments) == 1 else f"{target.name} segment {i + 1} of {len(segments)}"
+            what = whole if len(segments) == 1 else f"{whole} segment {i + 1} of {len(segments)}"
             log(f"build: {what}, {run[0]} to {run[-1]}")
             build_log.begin(what)
-            segment = extract_segment(standard, run, f"{spec.name}.{i}")
+            segment = extract_segment(standard, run, f"{spec.name}.{part or i}")
+            if table is not None:
+                segment = through_table(segment, table)
             graph = _lowered(segment, folder, dialect_of(target, precision), run, modulating)
-            file = f"{target.folder}/segment-{i}.engine"
+            file = f"{place}/segment-{i}.engine"
             progress = BuildProgress(_reporter(what, log))
             with build_log.kept_on_failure():
                 built = build_engine(
@@ -108,7 +120,7 @@ def build_target(
                     progress=progress,
                 )
                 fp8 = {call: len(plan.attentions[call]) for call in run if plan.attentions.get(call)}
-                attentions = check_fusion(
+                found = check_fusion(
                     graph,
                     built.layers,
                     implied_by_call(spec, run),
@@ -121,7 +133,7 @@ def build_target(
             layers[file], files[file] = at_opt(built.layers, graph, contract.profiles), built.file
             opts = [{axis: sizes.opt for axis, sizes in profile.items()} for profile in contract.profiles]
             least = tuple(floors(spec, opt, precision.itemsize, run, plan) for opt in opts)
-            record = _segment_record(file, run, graph, built, attentions, least)
+            record = _segment_record(file, run, graph, built, found, least)
             records.append(replace(record, fp8_attentions=fp8, quantized_products=quantized))
     made = EngineRecord(
         target=target.name,
@@ -133,9 +145,11 @@ def build_target(
         profiles=contract.profiles,
         segments=tuple(records),
     )
+    implied = implied_by_call(spec, [call for run in segments for call in run])
+    attentions = sum(ops.get("Attention", 0) for ops in implied.values())
     hashes = {name: (file.size, file.sha256) for name, file in files.items()}
     write_layers(into, made, layers, hashes)
-    log(f"build: {_summary(made, spec)}")
+    log(f"build: {_summary(made, attentions, whole)}")
     return made, hashes
 
 
@@ -211,10 +225,10 @@ def _capabilities(flavour: Flavour, target: Target) -> tuple[str, ...]:
     return ("{}.{}".format(*torch.cuda.get_device_capability()),)
 
 
-def _summary(record: EngineRecord, spec: ModelSpec) -> str:
-    attentions = spec.attentions
+def _summary(record: EngineRecord, attentions: int, what: str) -> str:
     fused = sum(record.fused_attentions.values())
     fusion = f"{fused} of {attentions} attentions fused" if fused else f"{attentions} attentions written out"
+    fusion = fusion if attentions else "no attention"
     if fp8 := sum(record.fp8_attentions.values()):
         fusion += f", {fp8} of them in FP8"
     quantized = [f"{n} {scheme}" for scheme, n in record.quantized_by_scheme.most_common()]
@@ -224,6 +238,6 @@ def _summary(record: EngineRecord, spec: ModelSpec) -> str:
     activations = "" if memory is None else f"{memory / 1e9:.2f} GB of activations, "
     profiles = f", {len(record.profiles)} profiles" if len(record.profiles) > 1 else ""
     return (
-        f"{record.target}: {record.nbytes / 1e9:.2f} GB, {record.kernels} kernels{profiles}, {fusion}, "
+        f"{what}: {record.nbytes / 1e9:.2f} GB, {record.kernels} kernels{profiles}, {fusion}, "
         f"{activations}{seconds:.0f} s"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmdit_deploy.bundle.files import FileRecord
+from mmdit_deploy.bundle.files import FileRecord, graph_file
 from mmdit_deploy.bundle.manifest import FORMAT, Manifest, read_manifest, write_manifest
 from mmdit_deploy.bundle.opening import Bundle, open_bundle
 from mmdit_deploy.bundle.writer import check_destination, staged_bundle
@@ -13,6 +13,7 @@ __all__ = [
     "FileRecord",
     "Manifest",
     "check_destination",
+    "graph_file",
     "open_bundle",
     "read_manifest",
     "staged_bundle",

@@ -16,6 +16,11 @@ _CHUNK_BYTES = 16 * 2**20
 _THREADS = 2  # one keeps the weights busy, the other takes all the small files
 
 
+def graph_file(dialect: str, part: str = "model") -> str:
+    """The name of a lowered graph in a bundle: of the whole model, or of its ``conditioning`` or ``trunk``."""
+    return f"{part}.{dialect}.onnx"
+
+
 class FileRecord(NamedTuple):
     """What the manifest says about one file: its size in bytes, and its SHA-256 in lower-case hex."""
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from mmdit_deploy.bundle.files import Listing, hash_files, list_files
 from mmdit_deploy.bundle.manifest import MANIFEST, Manifest, read_manifest
-from mmdit_deploy.contract import Contract
+from mmdit_deploy.contract import Contract, SplitContract
 from mmdit_deploy.errors import BundleError, MMDiTError
 from mmdit_deploy.spec import ModelSpec, Precision, precision
 
@@ -33,6 +33,8 @@ class Bundle:
         spec: the architecture.
         contract: names, dtypes and ranges of the engine's tensors.
         precision: the compute type, and how linear layers are quantized.
+        split: the contracts of its parts, where its engines are in two: then the files of ``engines`` are those of the
+            trunk, each with those of the conditioning. None where they are in one.
     """
 
     path: Path
@@ -41,6 +43,7 @@ class Bundle:
     spec: ModelSpec
     contract: Contract
     precision: Precision
+    split: SplitContract | None = None
 
     def file(self, name: str) -> Path:
         """The path of a file that the manifest lists.
@@ -155,7 +158,10 @@ def _bundle(directory: Path, manifest: Manifest) -> Bundle:
     name, compute = field("name", str), field("precision", str)
     spec, contract, weights = field("spec", dict), field("contract", dict), field("weights", dict)
     engines, outputs = field("engines", dict, may_be_empty=True), field("outputs", list, may_be_empty=True)
+    split = manifest.fields.get("split")  # none in bundles of earlier versions
     for part, well_formed in (
+        ("split", split is None or isinstance(split, dict)),
+        ("engines", split is None or all(_has_conditioning(entry) for entry in engines.values())),
         ("weights", _are_weights(weights)),
         ("engines", all(isinstance(e, dict) and isinstance(e.get("graph"), str) for e in engines.values())),
         ("outputs", all(isinstance(output, str) for output in outputs)),
@@ -163,18 +169,26 @@ def _bundle(directory: Path, manifest: Manifest) -> Bundle:
         if not well_formed:
             raise _malformed(directory, f"{part}: {ascii(manifest.fields[part])[:80]}")
     try:
+        whole = Contract.from_json(contract)
         return Bundle(
             directory,
             manifest,
             name,
             ModelSpec.from_json(spec),
-            Contract.from_json(contract),
+            whole,
             precision(compute, manifest.fields.get("base")),
+            None if split is None else SplitContract.from_json(split, whole),
         )
     except MMDiTError as error:
         raise _malformed(directory, str(error)) from error
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:  # other values than we write
         raise _malformed(directory, f"{type(error).__name__}: {error}") from error
+
+
+def _has_conditioning(entry: Any) -> bool:
+    """Whether an engine's entry has that of its conditioning."""
+    own = entry.get("conditioning") if isinstance(entry, dict) else None
+    return isinstance(own, dict) and isinstance(own.get("graph"), str)
 
 
 def _are_weights(value: dict[str, Any]) -> bool:

@@ -25,6 +25,7 @@ from mmdit_deploy.checkpoint import plan_layout, write_safetensors
 from mmdit_deploy.eager.calls import Values
 from mmdit_deploy.errors import UsageError
 from mmdit_deploy.families import FAMILIES, position_ids, spec_from_config
+from mmdit_deploy.sampling import patchify
 from mmdit_deploy.spec import ModelSpec
 
 # Arguments that say nothing about what is computed, or that we read in other words.
@@ -178,12 +179,6 @@ _READ: Mapping[str, Callable[[ModelSpec, Mapping[str, Any]], Values]] = {
     "flux2": _read_flux,
     "qwen-image": _read_qwen_image,
 }
-
-
-def patchify(latent: Tensor, patch: int) -> Tensor:
-    """Latents [B, C, rows·p, cols·p] as tokens [B, rows·cols, C·p·p], a patch in channel, row, column order."""
-    patches = latent.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
-    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def _write(path: Path, spec: ModelSpec, samples: Sequence[Values]) -> None:

@@ -15,7 +15,12 @@ from mmdit_deploy.calibration.bundle_plan import bundle_plan
 from mmdit_deploy.checkpoint.strict_json import parse_json_object
 from mmdit_deploy.cli.describe_traffic import describe_traffic, gpus_data
 from mmdit_deploy.errors import BundleError
+from mmdit_deploy.graph.onnx_file import read_onnx
+from mmdit_deploy.graph.weight_spans import weight_bytes
 from mmdit_deploy.precision import SCHEMES
+
+CONDITIONING = "conditioning"
+PARTS = (CONDITIONING, "trunk")
 
 
 def describe_bundle(path: Path) -> dict[str, Any]:
@@ -38,9 +43,10 @@ def describe_bundle(path: Path) -> dict[str, Any]:
         "weights": fields["weights"],
         "spec": bundle.spec.to_json(),
         "contract": bundle.contract.to_json(),
+        "split": _split(bundle),
         "engines": fields["engines"],
-        "traffic": {record.target: _traffic(record, bundle) for record in records},
-        "gpus": {record.target: gpus_data(record) for record in records},
+        "traffic": {name: _traffic(record, bundle) for name, record in records.items()},
+        "gpus": {name: gpus_data(record) for name, record in records.items()},
         "verdicts": _verdicts(bundle),
         "versions": _mapping(fields.get("versions")),
         "files": files,
@@ -94,21 +100,59 @@ def is_tensorrt(entry: Mapping[str, Any]) -> bool:
     return "segments" in entry or "flavour" in entry
 
 
-def _records(bundle: Bundle) -> list[EngineRecord]:
-    """What a bundle's manifest says of its TensorRT targets, checked, so that it can be counted with.
+def tensorrt_entries(engines: Mapping[str, Any]) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """Targets and entries of all TensorRT engines of a manifest, by a name for people.
+
+    Of a target in two parts the trunk has the target's name, and ``rtx:sm89 conditioning`` is the other one.
+    """
+    found: dict[str, tuple[str, Mapping[str, Any]]] = {}
+    for target, entry in engines.items():
+        if is_tensorrt(entry):
+            found[target] = target, entry
+            if isinstance(own := entry.get(CONDITIONING), Mapping):
+                found[f"{target} {CONDITIONING}"] = target, own
+    return found
+
+
+def _records(bundle: Bundle) -> dict[str, EngineRecord]:
+    """What a bundle's manifest says of its TensorRT engines, checked, so that it can be counted with.
 
     Raises:
         BundleError: it is no record of a build, or of files that are not in the bundle.
     """
     manifest = bundle.path / MANIFEST
-    records = [
-        read_record(target, entry, str(manifest))
-        for target, entry in bundle.manifest.fields["engines"].items()
-        if is_tensorrt(entry)
-    ]
-    for record in records:
+    records = {
+        name: read_record(target, entry, str(manifest))
+        for name, (target, entry) in tensorrt_entries(bundle.manifest.fields["engines"]).items()
+    }
+    for record in records.values():
         _check_files(record, bundle, manifest)
     return records
+
+
+def _split(bundle: Bundle) -> dict[str, Any] | None:
+    """Of a bundle in two parts: their contracts, and the bytes of weights that each reads; None of one in one piece.
+
+    Raises:
+        BundleError: it lacks the graph of a part.
+    """
+    if bundle.split is None:
+        return None
+    said = bundle.split.to_json()
+    return {part: {"weight_bytes": _weight_bytes(bundle, part), "contract": said[part]} for part in PARTS}
+
+
+def _weight_bytes(bundle: Bundle, part: str) -> int:
+    """Of a part's graph; those of all dialects read the same."""
+    graphs = [name for name in bundle.manifest.files if name.startswith(f"{part}.") and name.endswith(".onnx")]
+    if not graphs:
+        raise BundleError(
+            f"{bundle.path}, a bundle in two parts, has a graph of each",
+            received=f"no {part}.*.onnx",
+            fix="copy the bundle again, or export it again",
+        )
+    model = read_onnx(bundle.file(graphs[0]))
+    return weight_bytes(model)
 
 
 def _traffic(record: EngineRecord, bundle: Bundle) -> list[dict[str, Any]]:

@@ -103,16 +103,17 @@ def engine_file_text(data: dict[str, Any]) -> list[str]:
     ]
 
 
-def targets_text(records: Sequence[EngineRecord], traffic: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """Sections about each TensorRT target of a bundle.
+def targets_text(records: Mapping[str, EngineRecord], traffic: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Sections about each TensorRT engine of a bundle.
 
     Args:
-        traffic: what `describe_traffic` gave, by target.
+        records: by the engine's name: its target's, or that of one of its parts.
+        traffic: what `describe_traffic` gave, by the same names.
     """
     sections = []
-    for record in records:
+    for name, record in records.items():
         calls = [call for segment in record.segments for call in segment.calls]
-        sections += [_target(record), *traffic_text(traffic[record.target], calls, record.fused_attentions)]
+        sections += [_target(name, record), *traffic_text(traffic[name], calls, record.fused_attentions)]
     return sections
 
 
@@ -122,7 +123,7 @@ def profiles_text(profiles: Sequence[Mapping[str, Sequence[int]]]) -> str:
     return titled("profiles", [("profile", "axis", "min", "opt", "max"), *rows])
 
 
-def _target(record: EngineRecord) -> str:
+def _target(name: str, record: EngineRecord) -> str:
     fused = record.fused_attentions
     by_type = ", ".join(f"{kind} {count}" for kind, count in _by_type(record.kernels_by_type))
     calls = [call for segment in record.segments for call in segment.calls]
@@ -151,7 +152,7 @@ def _target(record: EngineRecord) -> str:
             for segment in record.segments
         ),
     ]
-    return titled(f"engine {plain(record.target)}", facts)
+    return titled(f"engine {plain(name)}", facts)
 
 
 def _operations(layer: EngineLayer) -> str:

@@ -93,6 +93,12 @@ def parser() -> argparse.ArgumentParser:
         help="cut the model into N TensorRT engines, built in the memory of one (default: as few as fit into memory)",
     )
     p.add_argument(
+        "--split-conditioning",
+        action="store_true",
+        help="two graphs and engines: one makes the modulation of a whole schedule of timesteps in one call, the other "
+        "runs a step without those weights",
+    )
+    p.add_argument(
         "--outputs",
         action="append",
         metavar="NAME",
@@ -170,6 +176,7 @@ def _work(args: argparse.Namespace) -> int:
         "seconds": dict(result.graphs.seconds),
         "census": dict(result.graphs.census),
         "engines": {name: record.to_json() for name, record in result.engines.items()},
+        "conditioning_engines": {name: record.to_json() for name, record in result.conditioning.items()},
         "verdicts": [verdict.to_json() for verdict in result.verdicts],
     }
     emit(args, f"{result.path}: bundle written, {_outcome(result)}", data)
@@ -234,6 +241,7 @@ def _request(args: argparse.Namespace) -> ExportRequest:
         calib=args.calib,
         scales=args.scales,
         budget=_budget(args.budget),
+        split_conditioning=args.split_conditioning or (recipe is not None and recipe.split_conditioning),
     )
 
 

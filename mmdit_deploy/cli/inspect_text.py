@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mmdit_deploy.build import EngineRecord
-from mmdit_deploy.cli.describe_bundle import is_tensorrt
+from mmdit_deploy.cli.describe_bundle import tensorrt_entries
 from mmdit_deploy.cli.engine_text import engine_file_text, profiles_text, targets_text
 from mmdit_deploy.cli.plain import in_units, plain, shown_axes, titled
 
@@ -29,8 +29,12 @@ def _bundle(data: dict[str, Any]) -> list[str]:
         for tensor in tensors
     ]
     ranges = [(axis, *sizes) for axis, sizes in contract["ranges"].items()]
-    engines = [(name, e["graph"], e.get("execution", "")) for name, e in data["engines"].items()]
-    records = [EngineRecord.from_json(name, e) for name, e in data["engines"].items() if is_tensorrt(e)]
+    engines = [
+        (name, " and ".join(part["graph"] for part in (e.get("conditioning"), e) if part), e.get("execution", ""))
+        for name, e in data["engines"].items()
+    ]
+    entries = tensorrt_entries(data["engines"])
+    records = {name: EngineRecord.from_json(target, entry) for name, (target, entry) in entries.items()}
     return [
         f"bundle {plain(data['path'])}: {plain(data['name'])}, {data['precision']}, {in_units(data['bytes'])}, "
         "every byte as it was written",
@@ -40,12 +44,28 @@ def _bundle(data: dict[str, Any]) -> list[str]:
         titled("contract", tensors),
         titled("ranges", [("axis", "min", "opt", "max"), *ranges]),
         profiles_text(contract["profiles"]) if len(contract["profiles"]) > 1 else "",
+        _split(data["split"]),
         titled("engines", engines) or "engines: none",
         *targets_text(records, data["traffic"]),
         "\n".join(_verdict(verdict) for verdict in data["verdicts"]) or "parity: not verified when it was exported",
         titled("versions", list(data["versions"].items())),
         titled("files", [(name, in_units(nbytes)) for name, nbytes in data["files"].items()]),
     ]
+
+
+def _split(split: dict[str, Any] | None) -> str:
+    """The parts of a bundle in two."""
+    if split is None:
+        return ""
+    total = sum(part["weight_bytes"] for part in split.values())
+    when = {"conditioning": "run once for a schedule", "trunk": "run for each step"}
+    rows = [
+        (name, in_units(part["weight_bytes"]), f"{part['weight_bytes'] / total:.1%} of the weights", when[name])
+        for name, part in split.items()
+    ]
+    (table,) = split["conditioning"]["contract"]["outputs"]
+    tensor = ("between them", table["name"], shown_axes(table["axes"]), table["dtype"])
+    return titled("parts", [*rows, tensor])
 
 
 def _precision(data: dict[str, Any]) -> str:

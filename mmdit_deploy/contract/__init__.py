@@ -12,14 +12,17 @@ from mmdit_deploy.contract.axes import (
     profile_to_json,
 )
 from mmdit_deploy.contract.contract import Contract, TensorSpec
+from mmdit_deploy.contract.split import TABLE, SplitContract
 
 __all__ = [
     "AXES",
     "DEFAULT_RANGES",
+    "TABLE",
     "TOKENS",
     "Contract",
     "Profile",
     "Range",
+    "SplitContract",
     "TensorSpec",
     "axis_range",
     "parse_profile",

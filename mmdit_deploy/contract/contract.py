@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mmdit_deploy.contract.axes import (
@@ -20,6 +20,9 @@ from mmdit_deploy.contract.axes import (
 )
 from mmdit_deploy.errors import ContractError, UsageError
 from mmdit_deploy.spec import ModelSpec, Precision
+
+USUAL_STEPS = 28  # of a schedule: what diffusers' StableDiffusion3Pipeline and FluxPipeline take by default
+MAX_STEPS = 64  # whose modulation is made in one call; longer schedules take several
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,22 @@ class Contract:
             profiles=tuple(within(profile, all_ranges) for profile in profiles),
             max_side=spec.pos_max_size or None,
         )
+
+    def split(self, conditions: Collection[str], table: TensorSpec) -> tuple[Contract, Contract]:
+        """The contracts of a model that is cut in two: what makes the modulation table, and what reads it.
+
+        The first takes a whole schedule in one call: its `batch` is steps × samples, from one step to `MAX_STEPS`. The
+        second takes one step, at the ranges and profiles of the whole.
+
+        Args:
+            conditions: names of the inputs that the table is made of.
+            table: what passes between the two, with `batch` as its only symbolic axis.
+        """
+        batch = self.ranges["batch"]
+        rows = Range(batch.min, batch.opt * USUAL_STEPS, batch.max * MAX_STEPS)
+        conditioning = Contract(tuple(t for t in self.inputs if t.name in conditions), (table,), {"batch": rows})
+        others = (*(t for t in self.inputs if t.name not in conditions), table)
+        return conditioning, replace(self, inputs=others)
 
     def check(self, received: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, int]:
         """Check named tensors against the contract, before any runtime sees them.

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from mmdit_deploy.build import RTX, TENSORRT, EngineRecord, Target, dialect_of, execution_of
+from mmdit_deploy.bundle import graph_file
 from mmdit_deploy.checkpoint.weights import RandomWeights
 from mmdit_deploy.contract import Contract
+from mmdit_deploy.export.parts import CONDITIONING, TRUNK, BuiltEngines
 from mmdit_deploy.export.planning import Planned
 from mmdit_deploy.export.request import ExportRequest
 from mmdit_deploy.graph.pipeline import Graphs
+from mmdit_deploy.graph.split import SplitGraphs
 from mmdit_deploy.report import write_html
 from mmdit_deploy.verify import Verdict
 
@@ -34,24 +37,21 @@ VERSIONED = (
 )
 
 
-def graph_file(dialect: str) -> str:
-    """The name of a lowered graph in a bundle."""
-    return f"model.{dialect}.onnx"
-
-
 def manifest_fields(
     request: ExportRequest,
     contract: Contract,
     graphs: Graphs,
+    split: SplitGraphs | None,
     targets: Sequence[Target],
-    records: Mapping[str, EngineRecord],
+    built: BuiltEngines,
     verdicts: Sequence[Verdict],
     planned: Planned,
 ) -> dict[str, Any]:
     """Everything that the manifest says but for the files.
 
     Args:
-        records: of the TensorRT targets, by name.
+        split: the parts of a model in two.
+        built: of the TensorRT targets.
     """
     source, bf16 = request.source, bool(planned.plan.bf16_attentions)
     return {
@@ -61,6 +61,7 @@ def manifest_fields(
         "precision_plan": planned.to_json(),
         "spec": request.spec.to_json(),
         "contract": contract.to_json(),
+        "split": None if split is None else split.contract.to_json(),
         "outputs": list(request.outputs),
         "weights": {
             "origin": request.weights.description,
@@ -69,7 +70,9 @@ def manifest_fields(
             "loras": [lora.to_json() for lora in request.loras],
             "file": None if request.graph_only else WEIGHTS,
         },
-        "engines": {} if request.graph_only else {t.name: _engine(request, t, records, bf16) for t in targets},
+        "engines": {}
+        if request.graph_only
+        else {t.name: _engine(request, t, split is not None, built, bf16) for t in targets},
         "recipe": request.recipe,
         "graph": {
             "kinds": list(graphs.kinds),
@@ -81,14 +84,21 @@ def manifest_fields(
     }
 
 
-def _engine(request: ExportRequest, target: Target, records: Mapping[str, EngineRecord], bf16: bool) -> dict[str, Any]:
+def _engine(request: ExportRequest, target: Target, in_two: bool, built: BuiltEngines, bf16: bool) -> dict[str, Any]:
+    """An engine's entry: of a model in two parts that of the trunk, with the conditioning's in it."""
     dialect = dialect_of(target, request.precision, bf16_attentions=bf16)
-    how = {
-        "graph": graph_file(dialect),
-        "dialect": dialect,
-        "execution": execution_of(target, request.precision),
-    }
-    return {**how, **records[target.name].to_json()} if target.name in records else how
+
+    def entry(records: Mapping[str, EngineRecord], part: str) -> dict[str, Any]:
+        how = {
+            "graph": graph_file(dialect, part),
+            "dialect": dialect,
+            "execution": execution_of(target, request.precision),
+        }
+        return {**how, **records[target.name].to_json()} if target.name in records else how
+
+    if not in_two:
+        return entry(built.records, "model")
+    return {**entry(built.records, TRUNK), CONDITIONING: entry(built.conditioning, CONDITIONING)}
 
 
 def versions() -> dict[str, str]:

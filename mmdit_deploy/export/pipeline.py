@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
 
 from mmdit_deploy.build import EngineRecord, Target, dialect_of, stepped_dialect_of
-from mmdit_deploy.build.engines import build_target
-from mmdit_deploy.bundle import check_destination, staged_bundle, write_manifest
+from mmdit_deploy.bundle import check_destination, graph_file, staged_bundle, write_manifest
 from mmdit_deploy.checkpoint import write_safetensors
 from mmdit_deploy.checkpoint.weights import RandomWeights
 from mmdit_deploy.contract import Contract
 from mmdit_deploy.errors import ParityError
 from mmdit_deploy.export.machine import check_builds_here, check_verifies_here
-from mmdit_deploy.export.manifest import STANDARD, WEIGHTS, graph_file, manifest_fields, write_reports
+from mmdit_deploy.export.manifest import STANDARD, WEIGHTS, manifest_fields, write_reports
+from mmdit_deploy.export.parts import CONDITIONING, TRUNK, BuiltEngines, build_engines, write_parts
 from mmdit_deploy.export.planning import calibrates, check_calibration, plan_precision
 from mmdit_deploy.export.request import ExportRequest
 from mmdit_deploy.graph.pipeline import Graphs, build_graphs
+from mmdit_deploy.graph.split import SplitGraphs
 from mmdit_deploy.graph.trace import shared_traces
-from mmdit_deploy.model import calls
-from mmdit_deploy.model.partition import partition
 from mmdit_deploy.precision import PrecisionPlan
-from mmdit_deploy.precision.weights import planned_call_bytes, planned_layout, stream_planned
+from mmdit_deploy.precision.weights import planned_layout, stream_planned
 from mmdit_deploy.preflight import Plan, check_plan, make_plan
 from mmdit_deploy.report import verdict_text
 from mmdit_deploy.report.words import bounds, breaches
+from mmdit_deploy.runtime.split import Loadable, Parts
 from mmdit_deploy.verify import EngineUnderTest, ReferenceRecorder, Verdict, default_cases, verify_against_weights
 from mmdit_deploy.verify.reference import FILE_NAME as REFERENCE
 from mmdit_deploy.verify.reference import MAX_BYTES
@@ -56,6 +56,7 @@ def preflight(request: ExportRequest) -> Plan:
         islands=request.seeks_islands,
         merged=bool(request.loras),
         segments=request.segments,
+        split=request.split_conditioning,
         verify=request.verify,
         thorough=request.thorough,
         graph_only=request.graph_only,
@@ -76,12 +77,16 @@ class ExportResult:
     Args:
         engines: of the TensorRT targets, by name.
         verdicts: on its engines; none with `verify` or `graph_only` off.
+        split: the graphs of its parts, where the model is in two; `engines` are then those of the trunk.
+        conditioning: the engines of the other part.
     """
 
     path: Path
     graphs: Graphs
     engines: Mapping[str, EngineRecord]
     verdicts: tuple[Verdict, ...]
+    split: SplitGraphs | None = None
+    conditioning: Mapping[str, EngineRecord] = field(default_factory=dict)
 
 
 def export(request: ExportRequest, log: Log = lambda _: None, plan: Plan | None = None) -> ExportResult:
@@ -123,40 +128,28 @@ def export(request: ExportRequest, log: Log = lambda _: None, plan: Plan | None 
         onnx.save(graphs.standard, folder / STANDARD)
         for dialect in shipped:
             onnx.save(graphs.lowered[dialect], folder / graph_file(dialect))
+        split = None
+        if request.split_conditioning:
+            split = write_parts(request, contract, graphs.standard, shipped, folder, planned.plan)
         stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in graphs.seconds.items())
         log(f"graph: {len(graphs.kinds)} kinds of call traced ({stages})")
 
         hashes: dict[str, tuple[int, str]] = {}
-        records: dict[str, EngineRecord] = {}
+        built = BuiltEngines()
         verdicts: tuple[Verdict, ...] = ()
         if not request.graph_only:
             log(f"weights: writing {layout.total_bytes / 1e9:.2f} GB as {precision.label}")
             source = stream_planned(spec, request.weights, planned.plan)
             written = write_safetensors(folder / WEIGHTS, layout, source)
             hashes[WEIGHTS] = (written.size, written.sha256)
-            for target in targets:
-                if target.flavour is not None:
-                    segments = partition(
-                        calls(spec), planned_call_bytes(spec, planned.plan), plan.segments[target.name]
-                    )
-                    records[target.name], files = build_target(
-                        target,
-                        spec,
-                        precision,
-                        contract,
-                        graphs.standard,
-                        folder,
-                        segments,
-                        log,
-                        plan=planned.plan,
-                    )
-                    hashes |= files
+            built = build_engines(request, contract, graphs, split, targets, plan.segments, folder, planned.plan, log)
+            hashes |= built.hashes
             if request.verify:
-                verdicts = _verify(request, contract, folder, graphs, targets, records, planned.plan, log)
-        fields = manifest_fields(request, contract, graphs, targets, records, verdicts, planned)
+                verdicts = _verify(request, contract, folder, graphs, split, targets, built, planned.plan, log)
+        fields = manifest_fields(request, contract, graphs, split, targets, built, verdicts, planned)
         write_reports(folder, fields, verdicts)
         write_manifest(folder, fields, hashes)
-    return ExportResult(request.directory, graphs, records, verdicts)
+    return ExportResult(request.directory, graphs, built.records, verdicts, split, built.conditioning)
 
 
 def _costly(contract: Contract) -> list[str]:
@@ -169,31 +162,16 @@ def _verify(
     contract: Contract,
     folder: Path,
     graphs: Graphs,
+    split: SplitGraphs | None,
     targets: Sequence[Target],
-    records: Mapping[str, EngineRecord],
+    built: BuiltEngines,
     plan: PrecisionPlan,
     log: Log,
 ) -> tuple[Verdict, ...]:
     """Verify every target and record the reference; the verdicts in the order of the targets."""
     cases = default_cases(contract, request.precision, thorough=request.thorough)
     recorder = ReferenceRecorder(cases)
-    bf16 = bool(plan.bf16_attentions)
-    engines = [
-        EngineUnderTest(
-            name=request.directory.name,
-            target=target,
-            spec=request.spec,
-            contract=contract,
-            precision=request.precision,
-            graph=graphs.of(stepped_dialect_of(target, request.precision, bf16_attentions=bf16)),
-            folder=folder,
-            files=_engine_files(target, request, folder, records, bf16),
-            record=records.get(target.name),
-            outputs=request.outputs,
-            plan=plan,
-        )
-        for target in targets
-    ]
+    engines = [_under_test(request, contract, folder, graphs, split, target, built, plan) for target in targets]
     # ONNX Runtime's engines are stepped through, each in full. TensorRT's cannot be: their graph is, once per kind of
     # call beside the first of the others, or in full where there is no other.
     full = [engine for engine in engines if engine.target.flavour is None] or engines[:1]
@@ -219,12 +197,40 @@ def _verify(
     return tuple(verdicts[target.name] for target in targets)
 
 
-def _engine_files(
-    target: Target, request: ExportRequest, folder: Path, records: Mapping[str, EngineRecord], bf16: bool
-) -> tuple[Path, ...]:
-    if target.name in records:
-        return tuple(folder / segment.file for segment in records[target.name].segments)
-    return (folder / graph_file(dialect_of(target, request.precision, bf16_attentions=bf16)),)
+def _under_test(
+    request: ExportRequest,
+    contract: Contract,
+    folder: Path,
+    graphs: Graphs,
+    split: SplitGraphs | None,
+    target: Target,
+    built: BuiltEngines,
+    plan: PrecisionPlan,
+) -> EngineUnderTest:
+    bf16 = bool(plan.bf16_attentions)
+    dialect = dialect_of(target, request.precision, bf16_attentions=bf16)
+
+    def loadable(records: Mapping[str, EngineRecord], part: str) -> Loadable:
+        record = records.get(target.name)
+        names = [graph_file(dialect, part)] if record is None else [segment.file for segment in record.segments]
+        return Loadable(tuple(folder / name for name in names), record)
+
+    own = loadable(built.records, "model" if split is None else TRUNK)
+    parts = None if split is None else Parts(split.contract, loadable(built.conditioning, CONDITIONING))
+    return EngineUnderTest(
+        name=request.directory.name,
+        target=target,
+        spec=request.spec,
+        contract=contract,
+        precision=request.precision,
+        graph=graphs.of(stepped_dialect_of(target, request.precision, bf16_attentions=bf16)),
+        folder=folder,
+        files=own.files,
+        record=own.record,
+        outputs=request.outputs,
+        plan=plan,
+        parts=parts,
+    )
 
 
 _MORE_PRECISE = {

@@ -46,6 +46,8 @@ class ExportRequest:
             eager model.
         scales: another bundle's ``calibration.safetensors``, whose scales are taken over.
         budget: quantize as much as keeps the final output's relative L2 error within this.
+        split_conditioning: two graphs and engines: one makes the modulation of a whole schedule, the other runs a step
+            without the weights of that.
     """
 
     spec: ModelSpec
@@ -68,6 +70,7 @@ class ExportRequest:
     calib: Path | None = None
     scales: Path | None = None
     budget: float | None = None
+    split_conditioning: bool = False
 
     @property
     def weights(self) -> WeightSource:

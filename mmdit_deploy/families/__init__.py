@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmdit_deploy.errors import SpecError, UsageError
+from mmdit_deploy.families.config import config_of as _config_of
 from mmdit_deploy.families.config import spec_from_config as _spec_from_config
 from mmdit_deploy.families.family import Family, Grid, Ids, Keys, Shapes
 from mmdit_deploy.families.flux1 import FLUX1
@@ -59,6 +60,15 @@ def spec_from_config(config: Mapping[str, Any], name: str) -> ModelSpec:
         CheckpointError: the class or a field is unknown, or a value is not what this family can have.
     """
     return _spec_from_config(config, name, tuple(FAMILIES.values()))
+
+
+def config_of(spec: ModelSpec) -> dict[str, Any]:
+    """The fields of the ``config.json`` of diffusers' class for an architecture; not its name, ``_class_name``.
+
+    Raises:
+        SpecError: there is no such family.
+    """
+    return _config_of(spec, family_of(spec))
 
 
 def with_residuals(spec: ModelSpec, residuals: int) -> ModelSpec:
@@ -120,6 +130,7 @@ __all__ = [
     "Ids",
     "Keys",
     "Shapes",
+    "config_of",
     "family_of",
     "position_ids",
     "preset",

@@ -1,4 +1,4 @@
-"""From a diffusers `config.json` to a `ModelSpec`."""
+"""From a diffusers `config.json` to a `ModelSpec`, and back."""
 
 from __future__ import annotations
 
@@ -46,6 +46,15 @@ def spec_from_config(config: Mapping[str, Any], name: str, families: Sequence[Fa
         return ModelSpec(name=name, family=family.name, **family.spec_fields(c))
     except SpecError as error:
         raise CheckpointError(f"config.json: {error.rule}", received=error.received, fix=error.fix) from error
+
+
+def config_of(spec: ModelSpec, family: Family) -> dict[str, Any]:
+    """The config that `spec_from_config` reads the architecture from.
+
+    What the spec does not say is as in the family's published models.
+    """
+    same = {theirs: getattr(spec, ours) for theirs, ours in family.same_fields.items()}
+    return {**family.config_defaults, **same, **family.config_fields(spec)}
 
 
 def _check_field(key: str, value: Any, default: Any, family: Family) -> None:

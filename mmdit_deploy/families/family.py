@@ -55,6 +55,8 @@ class Family:
             out_channels as in_channels then.
         config_ignored: fields of published configs that the class does not read, and why.
         spec_fields: what a config with all fields says about the spec.
+        same_fields: fields of the config whose value a field of the spec has, by the config's name for it.
+        config_fields: what a spec says about those other fields of the config that are not always as the default.
         infer_config: what the tensors say about the config: fields that they do not decide are as published.
         keys: every module that the family's models may have.
         undecided: fields of the spec that tensors do not tell, but a buffer or config.json; what is taken, in words.
@@ -71,6 +73,8 @@ class Family:
     config_class: str
     config_defaults: Mapping[str, Any]
     spec_fields: Callable[[Mapping[str, Any]], dict[str, Any]]
+    same_fields: Mapping[str, str]
+    config_fields: Callable[[ModelSpec], dict[str, Any]]
     infer_config: Callable[[Shapes], dict[str, Any]]
     keys: tuple[Keys, ...]
     position_ids: Callable[[Sequence[Grid], int], Ids]
@@ -156,19 +160,35 @@ def rope_axes(head_dim: int) -> tuple[int, int, int]:
     return first, (head_dim - first) // 2, (head_dim - first) // 2
 
 
-def packed_fields(c: Mapping[str, Any]) -> dict[str, Any]:
+def taken(c: Mapping[str, Any], same: Mapping[str, str]) -> dict[str, Any]:
+    """Fields of the spec that are fields of the config: ``same`` as in `Family.same_fields`."""
+    return {ours: c[theirs] for theirs, ours in same.items()}
+
+
+PACKED = {  # same fields, in families that take packed latents and rotate positions
+    "num_layers": "depth",
+    "num_attention_heads": "num_heads",
+    "attention_head_dim": "head_dim",
+    "in_channels": "latent_channels",
+    "joint_attention_dim": "txt_dim",
+    "axes_dims_rope": "rope_axes",
+}
+
+
+def packed_fields(c: Mapping[str, Any], same: Mapping[str, str]) -> dict[str, Any]:
     """What a config says about the spec in families that take packed latents, rotate positions and time 0 to 1."""
-    return dict(
-        depth=c["num_layers"],
-        num_heads=c["num_attention_heads"],
-        head_dim=c["attention_head_dim"],
-        latent_channels=c["in_channels"],
+    return taken(c, same) | dict(
         out_channels=c["patch_size"] ** 2 * (c["out_channels"] or c["in_channels"]),
         patch_size=1,  # latents are packed before the model
-        txt_dim=c["joint_attention_dim"],
+        rope_axes=tuple(c["axes_dims_rope"]),
         time_scale=1000.0,
         text_ends=False,
         fp16_clip=True,
-        rope_axes=tuple(c["axes_dims_rope"]),
         pos_max_size=0,
     )
+
+
+def packed_config(spec: ModelSpec, patch_size: int) -> dict[str, Any]:
+    """What a spec says about the config there. It does not tell the patch size: it is as published, where it can be."""
+    patch_size = patch_size if spec.out_channels % patch_size**2 == 0 else 1
+    return {"patch_size": patch_size, "out_channels": spec.out_channels // patch_size**2}

@@ -9,6 +9,7 @@ import numpy as np
 
 from mmdit_deploy.families.family import (
     BLOCK,
+    PACKED,
     Family,
     Grid,
     Ids,
@@ -16,6 +17,7 @@ from mmdit_deploy.families.family import (
     Shapes,
     grid,
     joined,
+    packed_config,
     packed_fields,
     rope_axes,
 )
@@ -37,13 +39,22 @@ KEYS = (
     ),
     Keys("single_blocks.*.out", (f"{SINGLE}.proj_out",), "single_blocks.*.linear2"),
 )
+SAME = {
+    **PACKED,
+    "num_single_layers": "single_depth",
+    "pooled_projection_dim": "pooled_dim",
+    "guidance_embeds": "guidance",
+}
 
 
 def spec_fields(c: Mapping[str, Any]) -> dict[str, Any]:
     """What a config says about the spec."""
-    return packed_fields(c) | dict(
-        single_depth=c["num_single_layers"], pooled_dim=c["pooled_projection_dim"], guidance=c["guidance_embeds"]
-    )
+    return packed_fields(c, SAME)
+
+
+def config_fields(spec: ModelSpec) -> dict[str, Any]:
+    """What a spec says about the config."""
+    return packed_config(spec, patch_size=_DEFAULTS["patch_size"])
 
 
 def infer_config(shapes: Shapes) -> dict[str, Any]:
@@ -62,7 +73,7 @@ def position_ids(images: Sequence[Grid], txt_tokens: int) -> Ids:
     return np.concatenate(parts).astype(np.float32), np.zeros((txt_tokens, 3), np.float32)
 
 
-_DEFAULTS = {
+_DEFAULTS: dict[str, Any] = {
     "patch_size": 1,
     "in_channels": 64,
     "out_channels": None,
@@ -88,6 +99,8 @@ FLUX1 = Family(
     config_class="FluxTransformer2DModel",
     config_defaults=_DEFAULTS,
     spec_fields=spec_fields,
+    same_fields=SAME,
+    config_fields=config_fields,
     infer_config=infer_config,
     keys=KEYS,
     position_ids=position_ids,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mmdit_deploy.families.family import Family, Grid, Ids, Keys, Shapes, grid, packed_fields
+from mmdit_deploy.families.family import PACKED, Family, Grid, Ids, Keys, Shapes, grid, packed_config, packed_fields
 from mmdit_deploy.families.flux import SINGLE, embedder, infer_sizes, streams_and_head
 from mmdit_deploy.spec import ModelSpec
 
@@ -21,20 +21,28 @@ KEYS = (
     Keys("single_blocks.*.proj", (f"{SINGLE}.attn.to_qkv_mlp_proj",), "single_blocks.*.linear1"),
     Keys("single_blocks.*.out", (f"{SINGLE}.attn.to_out",), "single_blocks.*.linear2"),
 )
+SAME = {
+    **PACKED,
+    "num_single_layers": "single_depth",
+    "guidance_embeds": "guidance",
+    "mlp_ratio": "mlp_ratio",
+}
 
 
 def spec_fields(c: Mapping[str, Any]) -> dict[str, Any]:
     """What a config says about the spec."""
-    return packed_fields(c) | dict(
-        single_depth=c["num_single_layers"],
+    return packed_fields(c, SAME) | dict(
         pooled_dim=0,
-        guidance=c["guidance_embeds"],
-        mlp_ratio=c["mlp_ratio"],
         activation="swiglu",
         bias=False,
         shared_modulation=True,
         rope_theta=float(c["rope_theta"]),
     )
+
+
+def config_fields(spec: ModelSpec) -> dict[str, Any]:
+    """What a spec says about the config."""
+    return packed_config(spec, patch_size=_DEFAULTS["patch_size"]) | {"rope_theta": int(spec.rope_theta)}
 
 
 def infer_config(shapes: Shapes) -> dict[str, Any]:
@@ -57,7 +65,7 @@ def position_ids(images: Sequence[Grid], txt_tokens: int) -> Ids:
     return img, txt
 
 
-_DEFAULTS = {
+_DEFAULTS: dict[str, Any] = {
     "patch_size": 1,
     "in_channels": 128,
     "out_channels": None,
@@ -90,6 +98,8 @@ FLUX2 = Family(
     config_defaults=_DEFAULTS,
     config_choices={"eps": (1e-6,), "timestep_guidance_channels": (256,)},
     spec_fields=spec_fields,
+    same_fields=SAME,
+    config_fields=config_fields,
     infer_config=infer_config,
     keys=KEYS,
     position_ids=position_ids,

@@ -9,6 +9,7 @@ import numpy as np
 
 from mmdit_deploy.families.family import (
     BLOCK,
+    PACKED,
     Family,
     Grid,
     Ids,
@@ -18,6 +19,7 @@ from mmdit_deploy.families.family import (
     grid,
     joint_attention,
     mlp,
+    packed_config,
     packed_fields,
     rope_axes,
 )
@@ -41,16 +43,17 @@ KEYS = (
     *mlp("txt", ("txt_mlp.net.0.proj", "txt_mlp.net.2")),
     Keys("final.proj", ("proj_out",)),
 )
+SAME = {**PACKED, "zero_cond_t": "still_references"}
 
 
 def spec_fields(c: Mapping[str, Any]) -> dict[str, Any]:
     """What a config says about the spec."""
-    return packed_fields(c) | dict(
-        pooled_dim=0,
-        txt_norm=True,
-        txt_mask=True,
-        still_references=c["zero_cond_t"],
-    )
+    return packed_fields(c, SAME) | dict(pooled_dim=0, txt_norm=True, txt_mask=True)
+
+
+def config_fields(spec: ModelSpec) -> dict[str, Any]:
+    """What a spec says about the config."""
+    return packed_config(spec, patch_size=_DEFAULTS["patch_size"])
 
 
 def infer_config(shapes: Shapes) -> dict[str, Any]:
@@ -83,7 +86,7 @@ def position_ids(images: Sequence[Grid], txt_tokens: int) -> Ids:
     return np.concatenate(parts).astype(np.float32), txt
 
 
-_DEFAULTS = {
+_DEFAULTS: dict[str, Any] = {
     "patch_size": 2,
     "in_channels": 64,
     "out_channels": 16,
@@ -116,6 +119,8 @@ QWEN_IMAGE = Family(
     },
     config_ignored={"pooled_projection_dim": "Qwen-Image's config.json has it; diffusers 0.35 dropped it, unused"},
     spec_fields=spec_fields,
+    same_fields=SAME,
+    config_fields=config_fields,
     infer_config=infer_config,
     keys=KEYS,
     buffers={STILL_REFERENCES: STILL_REFERENCES},

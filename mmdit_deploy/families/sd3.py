@@ -21,6 +21,7 @@ from mmdit_deploy.families.family import (
     joined,
     joint_attention,
     mlp,
+    taken,
 )
 from mmdit_deploy.spec import ModelSpec
 
@@ -52,6 +53,17 @@ KEYS = (
     *mlp("txt", ("ff_context.net.0.proj", "ff_context.net.2"), (f"{_CONTEXT}.mlp.fc1", f"{_CONTEXT}.mlp.fc2")),
     Keys("final.proj", ("proj_out",), "final_layer.linear"),
 )
+SAME = {
+    "num_layers": "depth",
+    "num_attention_heads": "num_heads",
+    "attention_head_dim": "head_dim",
+    "in_channels": "latent_channels",
+    "patch_size": "patch_size",
+    "joint_attention_dim": "txt_dim",
+    "pooled_projection_dim": "pooled_dim",
+    "dual_attention_layers": "dual_attention_blocks",
+    "pos_embed_max_size": "pos_max_size",
+}
 
 
 def spec_fields(c: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,19 +75,21 @@ def spec_fields(c: Mapping[str, Any]) -> dict[str, Any]:
             received=f"{c['caption_projection_dim']} and {width}",
             fix="repair config.json",
         )
-    return dict(
-        depth=c["num_layers"],
-        num_heads=c["num_attention_heads"],
-        head_dim=c["attention_head_dim"],
-        latent_channels=c["in_channels"],
+    return taken(c, SAME) | dict(
         out_channels=c["in_channels"] if c["out_channels"] is None else c["out_channels"],
-        patch_size=c["patch_size"],
-        txt_dim=c["joint_attention_dim"],
-        pooled_dim=c["pooled_projection_dim"],
         qk_norm=c["qk_norm"] == "rms_norm",
         dual_attention_blocks=tuple(c["dual_attention_layers"]),
-        pos_max_size=c["pos_embed_max_size"],
         pos_base_size=c["sample_size"] // c["patch_size"],
+    )
+
+
+def config_fields(spec: ModelSpec) -> dict[str, Any]:
+    """What a spec says about the config."""
+    return dict(
+        caption_projection_dim=spec.width,
+        out_channels=spec.out_channels,
+        qk_norm="rms_norm" if spec.qk_norm else None,
+        sample_size=spec.pos_base_size * spec.patch_size,
     )
 
 
@@ -135,6 +149,8 @@ SD3 = Family(
     },
     config_choices={"qk_norm": (None, "rms_norm")},
     spec_fields=spec_fields,
+    same_fields=SAME,
+    config_fields=config_fields,
     infer_config=infer_config,
     keys=KEYS,
     buffers={POSITION_TABLE: "pos_embed"},

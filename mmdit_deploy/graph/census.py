@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -131,17 +131,20 @@ def _implied_in_opset_17(standard: Mapping[str, int], dialect: str) -> dict[str,
     return {**none, "Softmax": 0, **plugins}
 
 
-def check_census(model: ir.Model, expected: Mapping[str, int], what: str) -> dict[str, int]:
+def check_census(
+    model: ir.Model, expected: Mapping[str, int], what: str, *, beside: Sequence[ir.Model] = ()
+) -> dict[str, int]:
     """The counts that matter, when they are what was expected.
 
     Args:
+        beside: other parts of the same model: they are counted together.
         expected: by op, from `implied` or `implied_lowered`.
         what: the graph's name, for the message.
 
     Raises:
         GraphError: a count differs: a fusion did not fire, or the graph is of another model.
     """
-    found = census(model)
+    found = sum((Counter(census(part)) for part in (model, *beside)), Counter[str]())
     wrong = {op: (n, found.get(op, 0)) for op, n in expected.items() if found.get(op, 0) != n}
     if wrong:
         raise GraphError(

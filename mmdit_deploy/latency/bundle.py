@@ -55,9 +55,12 @@ class LatencyReport:
         return dataclasses.asdict(self)
 
     def text(self) -> str:
+        width = max(14, *(len(t.name) for t in self.timings))
         lines = [f"{self.bundle} ({self.precision}, weights {self.weights}), {self.case}"]
-        lines += [f"  {t.name:14s} p50 {t.p50_ms:10.2f} ms   p90 {t.p90_ms:10.2f} ms   {t.how}" for t in self.timings]
-        lines += [f"  {name:14s} not run: {reason}" for name, reason in self.not_run.items()]
+        lines += [
+            f"  {t.name:{width}s} p50 {t.p50_ms:10.2f} ms   p90 {t.p90_ms:10.2f} ms   {t.how}" for t in self.timings
+        ]
+        lines += [f"  {name:{width}s} not run: {reason}" for name, reason in self.not_run.items()]
         lines += [f"  {pair}: {ratio:.3f}" for pair, ratio in self.ratios.items()]
         lines += [f"  on {printable(machine_words(self.machine))}"]
         return "\n".join(lines)
@@ -95,10 +98,10 @@ def bench_bundle(
     engines = {name: Engine(bundle, name, specialize="eager") for name in names}
     inputs = {name: t.to(device) for name, t in case_inputs(case, bundle.contract, bundle.spec).items()}
 
-    rivals: dict[str, tuple[str, Run]] = {
-        name: (execution_of(parse_target(name), bundle.precision), partial(engine, inputs))
-        for name, engine in engines.items()
-    }
+    rivals: dict[str, tuple[str, Run]] = {}
+    for name, engine in engines.items():
+        how = execution_of(parse_target(name), bundle.precision)
+        rivals |= _runs(engine, inputs, how)
     torch_rivals, not_run = _torch_rivals(bundle, inputs, device)
     rivals |= torch_rivals
 
@@ -120,6 +123,23 @@ def bench_bundle(
         ratios,
         machine_facts(),
     )
+
+
+def _runs(engine: Engine, inputs: dict[str, Tensor], how: str) -> dict[str, tuple[str, Run]]:
+    """What is timed of an engine: a step. Of one in two parts, a step of a schedule, and a step with its conditioning.
+
+    That is made once for a schedule, so the step that is compared with the rivals' is the one without.
+    """
+    if engine.bundle.split is None:
+        return {engine.target: (how, partial(engine, inputs))}
+    conditions = [spec.name for spec in engine.bundle.split.conditioning.inputs]
+    schedule = {name: inputs[name] for name in conditions} | {"timestep": inputs["timestep"][None]}
+    (step,) = engine.condition(schedule)
+    others = {name: tensor for name, tensor in inputs.items() if name not in conditions}
+    return {
+        engine.target: (f"{how}; modulation made before", partial(engine, others, conditioning=step)),
+        f"{engine.target} + modulation": (how, partial(engine, inputs)),
+    }
 
 
 def _device(names: Sequence[str]) -> torch.device:

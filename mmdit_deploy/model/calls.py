@@ -82,6 +82,22 @@ def calls(spec: ModelSpec, outputs: Sequence[str] = ()) -> tuple[Call, ...]:
     return tuple(chain)
 
 
+def conditioning_calls(chain: Sequence[Call]) -> tuple[Call, ...]:
+    """The calls that depend on the timestep, the guidance and the pooled text alone, and on no token.
+
+    They make the conditioning vector, and of it all modulation tensors. What the first of them reads of the caller is
+    what they all depend on.
+    """
+    first = next(call for call in chain if call.path == _CONDITIONING)
+    known, found = set(first.inputs), []
+    for call in chain:
+        if known.issuperset(call.inputs):
+            known.update(call.outputs)
+            found.append(call)
+    return tuple(found)
+
+
+_CONDITIONING = "conditioning"
 _EVERYWHERE = ("cos", "sin", "attention_mask", "references")  # what every block reads, where the model has it
 
 
@@ -94,7 +110,7 @@ def _embedding(spec: ModelSpec) -> list[Call]:
         conditions.append("guidance")
     img = ("hidden_states", "img_ids") if spec.pos_max_size else ("hidden_states",)
     chain = [
-        Call("conditioning", kinds.conditioning(spec), tuple(conditions), ("conditioning",)),
+        Call(_CONDITIONING, kinds.conditioning(spec), tuple(conditions), ("conditioning",)),
         Call("img_embed", kinds.img_embed(spec), img, ("img_embed",)),
         Call("txt_embed", kinds.txt_embed(spec), ("encoder_hidden_states",), ("txt_embed",)),
     ]

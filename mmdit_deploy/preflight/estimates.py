@@ -7,14 +7,14 @@ drop their pages, and then reads them again.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from mmdit_deploy.build import Target
 from mmdit_deploy.calibration.sensitivity import units_of
 from mmdit_deploy.calibration.trajectory import KEPT_STEPS, PROMPTS, SIZES, STEPS
 from mmdit_deploy.checkpoint.keys import parameters
 from mmdit_deploy.contract import Contract
-from mmdit_deploy.model import calls
+from mmdit_deploy.model import Call, calls, conditioning_calls
 from mmdit_deploy.model.partition import call_bytes, partition
 from mmdit_deploy.precision import PrecisionPlan, linears
 from mmdit_deploy.precision.weights import planned_call_bytes, planned_layout
@@ -91,6 +91,7 @@ def make_plan(
     islands: bool = False,
     merged: bool = False,
     segments: int | None = None,
+    split: bool = False,
     verify: bool = True,
     thorough: bool = False,
     graph_only: bool = False,
@@ -106,6 +107,7 @@ def make_plan(
         islands: and what fp16 must keep in fp32 is found.
         merged: LoRAs are added to the weights, in fp32.
         segments: engines that each TensorRT target is cut into; None for as few as fit comfortably.
+        split: the conditioning is an engine of its own, and only the trunk is cut into segments.
         verify, thorough, graph_only: as in an export.
         memory: bytes available; what this process may still take where not given.
 
@@ -126,7 +128,10 @@ def make_plan(
         stages.append(_search("fp16 plan", spec, numel, FP16_PLAN_PASSES))
     stages.append(Stage("graph", GRAPH_SECONDS, GRAPH_MEMORY, disk_bytes=GRAPH_DISK))
     counts: dict[str, int] = {}
-    largest_of = _largest_segment(spec, quantized)
+    whole, bytes_of = calls(spec), planned_call_bytes(spec, quantized)
+    apart = conditioning_calls(whole) if split else ()
+    trunk = [call for call in whole if call not in apart]
+    largest_of = _largest_segment(trunk, bytes_of)
     if not graph_only:
         largest = max(math.prod(part.shape) for p in table for part in p.parts)
         stages.append(
@@ -147,8 +152,11 @@ def make_plan(
             auto = _fewest(largest_of, len(spec.block_names), profiles, memory)
             count = auto if segments is None else segments
             counts = {target.name: count for target in cut}
+            conditioning = sum(bytes_of[call.path] for call in apart)
             for target in cut:
-                stages.append(_build(target, total, largest_of, count, auto, profiles, memory))
+                stages.append(_build(target, total - conditioning, largest_of, count, auto, profiles, memory))
+                if split:
+                    stages.append(_build_conditioning(target, conditioning))
         if verify:
             cases = default_cases(contract, precision, thorough=thorough)
             stages += _verifications(spec, numel, targets, cases, memory, thorough, bool(quantized.attentions))
@@ -199,9 +207,8 @@ def _quantizing(spec: ModelSpec, plan: PrecisionPlan) -> int:
     )
 
 
-def _largest_segment(spec: ModelSpec, plan: PrecisionPlan) -> Callable[[int], int]:
+def _largest_segment(chain: Sequence[Call], weights: Mapping[str, int]) -> Callable[[int], int]:
     """Bytes of the largest segment's weights, by the number of segments."""
-    chain, weights = calls(spec), planned_call_bytes(spec, plan)
     return lambda segments: max(sum(weights[p] for p in run) for run in partition(chain, weights, segments))
 
 
@@ -239,6 +246,19 @@ def _build(
         mapped_bytes=largest,
         disk_bytes=round(BUILD_DISK_FACTOR * total),
         remedy=remedy,
+        caveat=UNMEASURED if target.flavour and target.flavour.timing_cache else "",
+    )
+
+
+def _build_conditioning(target: Target, nbytes: int) -> Stage:
+    """Modulation is one product, and so one segment, of one profile."""
+    return Stage(
+        f"build {target.name} conditioning",
+        nbytes * BUILD_SECONDS_PER_BYTE,
+        _build_memory(nbytes, 1),
+        mapped_bytes=nbytes,
+        disk_bytes=round(BUILD_DISK_FACTOR * nbytes),
+        remedy="drop --split-conditioning: each block's modulation is then built with the block",
         caveat=UNMEASURED if target.flavour and target.flavour.timing_cache else "",
     )
 

@@ -1,7 +1,14 @@
 """Run engines: named tensors in, named tensors out."""
 
 from mmdit_deploy.runtime.engine import Engine
-from mmdit_deploy.runtime.engines import check_runnable, engine_files, engine_graph, runnable_target
+from mmdit_deploy.runtime.engines import (
+    check_runnable,
+    engine_files,
+    engine_graph,
+    engine_parts,
+    runnable_target,
+    stepped_graph,
+)
 from mmdit_deploy.runtime.fit import check_runs_here
 from mmdit_deploy.runtime.memory import available_memory
 from mmdit_deploy.runtime.ort import check_provider, open_session, run_session
@@ -18,8 +25,10 @@ __all__ = [
     "check_runs_here",
     "engine_files",
     "engine_graph",
+    "engine_parts",
     "open_runner",
     "open_session",
     "run_session",
     "runnable_target",
+    "stepped_graph",
 ]

@@ -10,28 +10,62 @@ import torch
 
 from mmdit_deploy.build import EngineRecord, Target, parse_target
 from mmdit_deploy.build.layers_file import read_record
-from mmdit_deploy.bundle import Bundle
+from mmdit_deploy.bundle import Bundle, graph_file
 from mmdit_deploy.contract import Contract
 from mmdit_deploy.errors import BundleError, MachineError, MissingPackageError, MMDiTError, UsageError
 from mmdit_deploy.runtime.fit import EXPORT_FOR_CPU, check_runs_here, either
 from mmdit_deploy.runtime.ort import check_provider
+from mmdit_deploy.runtime.split import Loadable, Parts
 
 
-def engine_graph(bundle: Bundle, target: str) -> Path:
+def engine_graph(bundle: Bundle, target: str, *, conditioning: bool = False) -> Path:
     """The graph file of a bundle's engine: what ONNX Runtime runs, or the whole model as TensorRT would be given it.
 
     TensorRT's engine files were not built from that one: each segment was cut out of ``model.onnx`` and lowered alone.
+
+    Args:
+        conditioning: of a bundle in two parts, that part; else the trunk.
 
     Raises:
         BundleError: the bundle has no engines.
         UsageError: there is no such target.
         MachineError: the bundle lacks the target's engine.
     """
-    return bundle.file(_entry(bundle, parse_target(target))["graph"])
+    return bundle.file(_entry(bundle, parse_target(target), conditioning)["graph"])
 
 
-def engine_files(bundle: Bundle, target: str) -> tuple[EngineRecord, list[Path]]:
+def stepped_graph(bundle: Bundle, target: str) -> Path:
+    """The graph file of the whole model that an ONNX Runtime engine is, or that its two parts are: to step through.
+
+    Raises:
+        BundleError: the bundle has no engines, or its record of this one is broken.
+        UsageError: there is no such target.
+        MachineError: the bundle lacks the target's engine.
+    """
+    if bundle.split is None:
+        return engine_graph(bundle, target)
+    return bundle.file(graph_file(str(_entry(bundle, parse_target(target)).get("dialect"))))
+
+
+def engine_parts(bundle: Bundle, target: str) -> Parts | None:
+    """The part of an engine besides its trunk; None where it is in one piece.
+
+    Raises:
+        BundleError, UsageError, MachineError: as `engine_files`.
+    """
+    if bundle.split is None:
+        return None
+    if parse_target(target).flavour is None:
+        return Parts(bundle.split, Loadable((engine_graph(bundle, target, conditioning=True),)))
+    record, files = engine_files(bundle, target, conditioning=True)
+    return Parts(bundle.split, Loadable(tuple(files), record))
+
+
+def engine_files(bundle: Bundle, target: str, *, conditioning: bool = False) -> tuple[EngineRecord, list[Path]]:
     """What was built for a TensorRT target, and its engine files, in the order in which they run.
+
+    Args:
+        conditioning: of a bundle in two parts, that part; else the trunk.
 
     Raises:
         BundleError: the bundle has no engines, or the manifest's record of this one is broken.
@@ -39,7 +73,7 @@ def engine_files(bundle: Bundle, target: str) -> tuple[EngineRecord, list[Path]]
         MachineError: the bundle lacks the target's engine.
     """
     parsed = parse_target(target)
-    entry = _entry(bundle, parsed)
+    entry = _entry(bundle, parsed, conditioning)
     if parsed.flavour is None:
         raise UsageError(
             "engine files are TensorRT's",
@@ -48,7 +82,7 @@ def engine_files(bundle: Bundle, target: str) -> tuple[EngineRecord, list[Path]]
         )
     record = read_record(parsed.name, entry, f"the manifest of {bundle.name}")
     try:
-        _check_record(record, parsed, bundle.contract)
+        _check_record(record, parsed, _contract(bundle, conditioning))
     except ValueError as error:
         raise BundleError(
             f"the segments of {parsed.name} are a chain from the contract's inputs to its outputs",
@@ -107,6 +141,7 @@ def check_runnable(bundle: Bundle, target: str, device: torch.device | None = No
     """
     parsed = parse_target(target)
     check_device(parsed, device)
+    engine_parts(bundle, target)
     if parsed.flavour is None:
         engine_graph(bundle, target)
         check_provider(parsed)
@@ -128,7 +163,7 @@ def check_device(target: Target, device: torch.device | None) -> None:
         )
 
 
-def _entry(bundle: Bundle, target: Target) -> Mapping[str, Any]:
+def _entry(bundle: Bundle, target: Target, conditioning: bool = False) -> Mapping[str, Any]:
     engines = _engines(bundle)
     if target.name not in engines:
         raise MachineError(
@@ -136,7 +171,15 @@ def _entry(bundle: Bundle, target: Target) -> Mapping[str, Any]:
             received=target.name,
             fix=f"mmdit-export … --target {target.name}",
         )
-    return engines[target.name]
+    entry = engines[target.name]
+    return entry["conditioning"] if conditioning else entry
+
+
+def _contract(bundle: Bundle, conditioning: bool) -> Contract:
+    """Of what an entry is about: the model, or a part of it."""
+    if bundle.split is None:
+        return bundle.contract
+    return bundle.split.conditioning if conditioning else bundle.split.trunk
 
 
 def _engines(bundle: Bundle) -> Mapping[str, Mapping[str, Any]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmdit_deploy.build import Target, parse_target
 from mmdit_deploy.errors import MachineError, MissingPackageError
-from mmdit_deploy.runtime.fit import check_gpu
+from mmdit_deploy.runtime.fit import check_gpu, gpu
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -243,6 +243,8 @@ def _bind_inputs(binding: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
 class OrtRunner:
     """A graph that ONNX Runtime runs. Each run waits for torch's current stream, and the host for the run.
 
+    A session may run several calls at once; what is bound to it is bound anew in each.
+
     Args:
         graph: the file, beside its weights.
         device: of the target's kind; by default torch's current one.
@@ -253,9 +255,8 @@ class OrtRunner:
 
     def __init__(self, graph: Path, target: Target, device: torch.device | None = None):
         check_provider(target)
-        if target.device == "cuda" and (device is None or device.index is None):
-            device = torch.device("cuda", torch.cuda.current_device())
-        self._device = device or torch.device(target.device)
+        # As tensors name it: a GPU with its number, the CPU without ("cpu:0" equals no tensor's device).
+        self._device = gpu(device) if target.device == "cuda" else torch.device("cpu")
         self._session: onnxruntime.InferenceSession | None = open_session(graph, target.name, device=self._device)
         self._target = target.name
 
@@ -275,10 +276,11 @@ class OrtRunner:
         Raises:
             MachineError: it was closed.
         """
-        if self._session is None:
+        session = self._session  # another thread may close it meanwhile
+        if session is None:
             raise MachineError(f"the engine {self._target} is loaded", received="it was closed", fix="load it")
-        run_session(self._session, inputs, [(name, t.dtype, tuple(t.shape)) for name, t in outputs.items()], outputs)
+        run_session(session, inputs, [(name, t.dtype, tuple(t.shape)) for name, t in outputs.items()], outputs)
 
     def close(self) -> None:
-        """Free the session. It cannot be run again."""
+        """Free the session, when the last call that still runs has returned. It cannot be run again."""
         self._session = None

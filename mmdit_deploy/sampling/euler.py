@@ -69,6 +69,15 @@ def trajectory(velocity: Velocity, noise: Tensor, sigmas: Tensor) -> Iterator[St
         UsageError: the noise levels are no schedule.
         ContractError: a velocity is not of the latent's shape.
     """
+    return _steps(velocity, noise.to(torch.float32), check_schedule(sigmas))
+
+
+def check_schedule(sigmas: Tensor) -> list[float]:
+    """The noise levels of a schedule.
+
+    Raises:
+        UsageError: they are none.
+    """
     levels: list[float] = sigmas.tolist()
     if sigmas.ndim != 1 or len(levels) < 2 or any(not a > b >= 0 for a, b in pairwise(levels)):
         raise UsageError(
@@ -76,7 +85,7 @@ def trajectory(velocity: Velocity, noise: Tensor, sigmas: Tensor) -> Iterator[St
             received=str(levels),
             fix="mmdit_deploy.sampling.schedule(28)",
         )
-    return _steps(velocity, noise.to(torch.float32), levels)
+    return levels
 
 
 def _steps(velocity: Velocity, x: Tensor, levels: list[float]) -> Iterator[Step]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import onnx
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from mmdit_deploy.build import execution_of
 from mmdit_deploy.checkpoint.weights import WeightSource
 from mmdit_deploy.eager.calls import EagerCalls
 from mmdit_deploy.errors import MachineError
+from mmdit_deploy.graph.split_check import check_parts
 from mmdit_deploy.machine import machine_facts
 from mmdit_deploy.model import Call, calls
 from mmdit_deploy.verify.as_planned import check_as_planned, unlike
@@ -143,8 +146,15 @@ class _Expected:
 def _engine_calls(engine: EngineUnderTest, chain: Sequence[Call]) -> EngineCalls:
     check_wiring(engine.graph, chain)
     check_attributes(engine.graph)
+    if engine.parts is not None and engine.record is None:
+        (conditioning,), (trunk,) = engine.parts.conditioning.files, engine.files
+        check_parts(engine.graph, _graph(conditioning), _graph(trunk))
     dtype = getattr(torch, engine.precision.dtype)
     return EngineCalls(engine.graph, engine.folder, engine.stepped_on.name, dtype)
+
+
+def _graph(file: Path) -> onnx.ModelProto:
+    return onnx.load(file, load_external_data=False)
 
 
 def _how(engine: EngineUnderTest, what: str, cases: Sequence[Case]) -> str:
@@ -175,7 +185,8 @@ def _verdict(
     if refusal is None:
         how = execution_of(engine.target, engine.precision)
         device = f" on {torch.cuda.get_device_name()}" if engine.target.device == "cuda" else ""
-        executed = (*executed, f"the whole engine, {len(expected.cases)} cases: {how}{device}")
+        whole = "the whole engine" if engine.parts is None else "the whole engine, conditioning and trunk"
+        executed = (*executed, f"{whole}, {len(expected.cases)} cases: {how}{device}")
     elif engine.record is None:
         not_executed = (f"the whole engine in one session: {refusal}",)
     else:

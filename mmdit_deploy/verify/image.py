@@ -103,18 +103,6 @@ def _lpips() -> tuple[Any, str | None]:
         return None, f"the package lpips cannot load its network: {error}"
 
 
-def latent_map(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
-    """Latent tokens [B, rows · cols, channels · patch²] as a map [B, channels, rows · patch, cols · patch].
-
-    Args:
-        grid: rows and columns.
-        patch: a token's side; its channels are ordered channel, row, column.
-    """
-    rows, cols = grid
-    split = tokens.reshape(len(tokens), rows, cols, -1, patch, patch)
-    return split.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, rows * patch, cols * patch)
-
-
 def scaled(latent: Tensor) -> Tensor:
     """A latent as an image: `LATENT_RANGE` becomes 0 to 1, and what lies beyond is cut."""
     low, high = LATENT_RANGE

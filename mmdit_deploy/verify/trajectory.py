@@ -22,11 +22,11 @@ from mmdit_deploy.checkpoint.weights import WeightSource
 from mmdit_deploy.eager.calls import EagerCalls
 from mmdit_deploy.model import calls
 from mmdit_deploy.runtime import available_memory
-from mmdit_deploy.sampling import timesteps
+from mmdit_deploy.sampling import timesteps, unpatchify
 from mmdit_deploy.verify.bounds import Bounds
 from mmdit_deploy.verify.cases import default_cases
 from mmdit_deploy.verify.chains import EngineCalls
-from mmdit_deploy.verify.image import Decoder, compare_images, latent_map, lpips_missing, scaled
+from mmdit_deploy.verify.image import Decoder, compare_images, lpips_missing, scaled
 from mmdit_deploy.verify.metrics import compare, within
 from mmdit_deploy.verify.noise_floor import Way
 from mmdit_deploy.verify.records import Case, Check, Trajectory, TrajectoryStep, Verdict
@@ -111,7 +111,7 @@ def image_check(sampled: Sampled, grid: tuple[int, int], patch: int, bounds: Bou
     """
 
     def image(tokens: Tensor) -> Tensor:
-        latent = latent_map(tokens, grid, patch)
+        latent = unpatchify(tokens, grid, patch)
         return scaled(latent) if decode is None else decode(latent)
 
     reference = image(sampled.eager)

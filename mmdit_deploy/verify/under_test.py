@@ -10,6 +10,7 @@ import onnx
 from mmdit_deploy.build import EngineRecord, Target, parse_target
 from mmdit_deploy.contract import Contract
 from mmdit_deploy.precision import PrecisionPlan
+from mmdit_deploy.runtime.split import Parts
 from mmdit_deploy.spec import ModelSpec, Precision
 from mmdit_deploy.verify.bounds import Bounds
 from mmdit_deploy.verify.tolerances import DEFAULTS, Tolerances
@@ -31,6 +32,8 @@ class EngineUnderTest:
         plan: what is quantized in it: the other calls are bound as in the compute type. Without one, all calls of a
             quantized precision are bound as quantized ones.
         tolerances: ours, or a user's.
+        parts: of an engine in two parts, the other one; `files` and `record` are then the trunk's, and `graph` is still
+            that of the whole.
     """
 
     name: str
@@ -46,6 +49,7 @@ class EngineUnderTest:
     whole: bool = True
     plan: PrecisionPlan | None = None
     tolerances: Tolerances = DEFAULTS
+    parts: Parts | None = None
 
     @property
     def bounds(self) -> Bounds:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from types import TracebackType
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from mmdit_deploy.checkpoint.keys import parameters
 from mmdit_deploy.errors import MachineError
 from mmdit_deploy.runtime import available_memory, check_runs_here, open_runner
+from mmdit_deploy.runtime.conditioning import Conditioner, InOnePiece
+from mmdit_deploy.runtime.split import InTwoParts
 from mmdit_deploy.verify.chains import axis_sizes
 from mmdit_deploy.verify.under_test import EngineUnderTest
 
@@ -30,6 +33,10 @@ class WholeEngine:
     def __init__(self, engine: EngineUnderTest):
         self._contract = engine.contract
         self._runner = open_runner(engine.target, engine.files, engine.record)
+        self._conditioner: Conditioner = InOnePiece(engine.contract)
+        if engine.parts is not None:
+            load = partial(engine.parts.conditioning.open, engine.target)
+            self._conditioner = InTwoParts(engine.parts.contract, load)
 
     def run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The contract's outputs for its inputs, both by name and on the CPU."""
@@ -40,7 +47,7 @@ class WholeEngine:
             t.name: torch.empty(t.shape(sizes), dtype=getattr(torch, t.dtype), device=device)
             for t in self._contract.outputs
         }
-        self._runner.run(inputs, outputs, sizes)
+        self._runner.run(self._conditioner.complete(inputs, sizes), outputs, sizes)
         return {name: tensor.cpu() for name, tensor in outputs.items()}
 
     def __enter__(self) -> WholeEngine:
@@ -50,6 +57,7 @@ class WholeEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._runner.close()
+        self._conditioner.close()
 
 
 def in_words(error: MachineError) -> str:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmdit_deploy.calibration import captured as captured_module
-from mmdit_deploy.calibration.capture import capture, patchify
+from mmdit_deploy.calibration.capture import capture
 from mmdit_deploy.calibration.captured import FORMAT, calibrate_captured, read_captured
 from mmdit_deploy.calibration.observe import Observer
 from mmdit_deploy.calibration.trajectory import default_samples
@@ -23,6 +23,7 @@ from mmdit_deploy.checkpoint.weights import RandomWeights, open_weights
 from mmdit_deploy.errors import CheckpointError, UsageError
 from mmdit_deploy.families import POSITION_TABLE
 from mmdit_deploy.model import MMDiT
+from mmdit_deploy.sampling import patchify
 from mmdit_deploy.spec import ModelSpec
 
 _SMALL = {"attention_head_dim": 32, "num_attention_heads": 2, "joint_attention_dim": 24, "num_layers": 2}

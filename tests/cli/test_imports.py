@@ -41,8 +41,16 @@ for name in ("onnxruntime", "diffusers", "tensorrt", "tensorrt_rtx", "openvino",
     sys.modules[name] = None  # importing it raises ImportError
 import mmdit_deploy
 names = [m.name for m in pkgutil.walk_packages(mmdit_deploy.__path__, "mmdit_deploy.")]
+about_diffusers = ["mmdit_deploy.diffusers.transformer"]  # a subclass of what it would import
 for name in names:
-    importlib.import_module(name)
+    if name not in about_diffusers:
+        importlib.import_module(name)
+from mmdit_deploy.errors import MissingPackageError
+try:
+    from mmdit_deploy.diffusers import MMDiTEngineTransformer
+except MissingPackageError as error:
+    print(error.fix)
 print(len(names))
 """
-    assert int(python(code)) > 60
+    fix, count = python(code).splitlines()
+    assert int(count) > 60 and "mmdit-deploy[diffusers]" in fix

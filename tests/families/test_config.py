@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mmdit_deploy.errors import CheckpointError
-from mmdit_deploy.families import FAMILIES, PRESETS, Family, spec_from_config
+from mmdit_deploy.families import FAMILIES, PRESETS, Family, config_of, spec_from_config
 from mmdit_deploy.spec import ModelSpec
 
 CLASS = {"_class_name": "SD3Transformer2DModel", "_diffusers_version": "0.30.0"}
@@ -148,6 +148,25 @@ def test_the_published_configs_are_the_presets(name: str, config: dict[str, Any]
 
 def test_every_preset_has_a_published_config() -> None:
     assert {name for name, _ in PUBLISHED} == set(PRESETS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_spec_gives_the_config_that_gives_the_spec(name: str) -> None:
+    spec = PRESETS[name]
+    family = FAMILIES[spec.family]
+    config = config_of(spec)
+    assert set(config) == set(family.config_defaults)
+    assert spec_from_config({**config, "_class_name": family.config_class}, name) == spec
+
+
+def test_a_config_of_a_spec_has_the_published_values() -> None:
+    for name, published in PUBLISHED:
+        config = config_of(PRESETS[name])
+        for field in set(published) & set(config):
+            ours, theirs = config[field], published[field]
+            same = ours == tuple(theirs) if isinstance(theirs, list) else ours == theirs
+            # FLUX leaves out_channels open, which means as many as in_channels
+            assert same or (theirs is None and ours == config["in_channels"]), (name, field)
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,9 +22,12 @@ import torch
 from torch import Tensor
 
 from mmdit_deploy.build import RTX, TENSORRT, EngineRecord, SegmentRecord
+from mmdit_deploy.checkpoint.weights import RandomWeights
 from mmdit_deploy.contract import Contract, Profile, Range, TensorSpec
+from mmdit_deploy.export import ExportRequest, export
 from mmdit_deploy.runtime import TensorRTEngine
 from mmdit_deploy.runtime.tensorrt import _Held
+from mmdit_deploy.spec import PRECISIONS, ModelSpec
 
 X = TensorSpec("hidden_states", ("batch", "img_tokens", 4), "float32")
 T = TensorSpec("timestep", ("batch",), "float32")
@@ -442,7 +445,9 @@ def bundled(tmp_path: Path) -> Callable[..., Any]:
             "contract": CONTRACT.to_json(),
         }
         manifest = SimpleNamespace(fields=fields)
-        return SimpleNamespace(name="tiny", contract=CONTRACT, manifest=manifest, file=lambda name: tmp_path / name)
+        return SimpleNamespace(
+            name="tiny", contract=CONTRACT, split=None, manifest=manifest, file=lambda name: tmp_path / name
+        )
 
     return made
 
@@ -483,3 +488,25 @@ def chain() -> Any:
         outputs=outputs,
         run=run,
     )
+
+
+@pytest.fixture(scope="session")
+def bundle_of(
+    tmp_path_factory: pytest.TempPathFactory, exported_once: Callable[[ModelSpec], AbstractContextManager[None]]
+) -> Callable[[ModelSpec], Path]:
+    """An fp32 bundle of a model for ort-cpu, random weights (seed 0), not verified; not to be changed."""
+    made: dict[ModelSpec, Path] = {}
+
+    def bundle(spec: ModelSpec) -> Path:
+        if spec not in made:
+            made[spec] = tmp_path_factory.mktemp("fp32") / spec.name
+            ranges = {"batch": Range(1, 1, 4), "img_tokens": Range(1, 16, 1024), "txt_tokens": Range(1, 8, 64)}
+            with exported_once(spec):
+                export(
+                    ExportRequest(
+                        spec, RandomWeights(0), PRECISIONS["fp32"], out=made[spec], ranges=ranges, verify=False
+                    )
+                )
+        return made[spec]
+
+    return bundle

@@ -151,17 +151,28 @@ def test_a_closed_engine_does_not_run(tiny_bundle: Path) -> None:
         engine(feed)
 
 
+class Elsewhere(Tensor):
+    """A tensor without memory, of whichever device."""
+
+    @staticmethod
+    def on(device: str, like: Tensor) -> Tensor:
+        made: Tensor = Tensor._make_wrapper_subclass(Elsewhere, like.shape, dtype=like.dtype, device=device)
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, *_: Any) -> Any:
+        raise AssertionError(f"{function} was called")
+
+
 def test_tensors_elsewhere_never_reach_the_runtime(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is anything moved: who mixes devices pays a copy in every call, and is told."""
     monkeypatch.setattr("mmdit_deploy.runtime.ort.run_session", lambda *_: pytest.fail("the runtime saw it"))
-    feed: dict[str, Any] = inputs(engine)
+    feed = inputs(engine)
     for device in ("meta", "cuda:1"):
-        moved = SimpleNamespace(
-            dtype=torch.float32, shape=feed["timestep"].shape, device=torch.device(device), is_contiguous=lambda: True
-        )
         with pytest.raises(ContractError) as caught:
-            engine({**feed, "timestep": moved})
+            engine({**feed, "timestep": Elsewhere.on(device, feed["timestep"])})
         assert caught.value.rule == "timestep is on the device that this ort-cpu engine runs on: cpu"
-        assert caught.value.received == device and 'timestep.to("cpu")' in str(caught.value.fix)
+        assert caught.value.received == device and 'timestep, device="cpu"' in str(caught.value.fix)
 
 
 def test_a_changed_byte_is_refused_before_anything_is_loaded(

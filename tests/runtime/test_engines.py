@@ -17,7 +17,7 @@ from mmdit_deploy.runtime import Engine, engine_files, engine_graph, fit, runnab
 def with_engines(*targets: str) -> Any:
     """What is asked of a bundle about its engines."""
     engines = {target: {"graph": f"{target}.onnx"} for target in targets}
-    return SimpleNamespace(name="tiny", manifest=SimpleNamespace(fields={"engines": engines}), file=Path)
+    return SimpleNamespace(name="tiny", split=None, manifest=SimpleNamespace(fields={"engines": engines}), file=Path)
 
 
 @pytest.fixture

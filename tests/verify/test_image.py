@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmdit_deploy.errors import UsageError
 from mmdit_deploy.verify import image
-from mmdit_deploy.verify.image import compare_images, latent_map, load_decoder, psnr, scaled, ssim
+from mmdit_deploy.verify.image import compare_images, load_decoder, psnr, scaled, ssim
 
 
 def pair(shape: tuple[int, ...], noise: float = 0.1) -> tuple[Tensor, Tensor]:
@@ -109,13 +109,6 @@ def test_an_lpips_that_cannot_load_its_network_says_so(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=offline))
     assert compare_images(*pair((1, 3, 16, 16))).lpips is None
     assert "no route to host" in str(image.lpips_missing())
-
-
-def test_tokens_become_a_map_channel_row_column() -> None:
-    latent = torch.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6).float()
-    # as facts of the contract: 2 × 2 patches in channel, row, column order
-    tokens = latent.reshape(2, 3, 2, 2, 3, 2).permute(0, 2, 4, 1, 3, 5).reshape(2, 6, 12)
-    assert torch.equal(latent_map(tokens, (2, 3), 2), latent)
 
 
 def test_a_latent_is_scaled_to_an_image() -> None:

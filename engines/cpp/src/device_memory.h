@@ -1,0 +1,19 @@
+// Memory of an engine's device: a GPU's, or the host's where that is null.
+#ifndef MMDIT_SRC_DEVICE_MEMORY_H
+#define MMDIT_SRC_DEVICE_MEMORY_H
+
+#include <cstddef>
+#include <memory>
+
+#include "cuda.h"
+
+namespace mmdit {
+
+// Throws MachineError: there is none left.
+std::shared_ptr<void> device_memory(const std::shared_ptr<Gpu>& gpu, std::size_t bytes);
+// On a GPU it is enqueued, not waited for.
+void copy_on_device(const std::shared_ptr<Gpu>& gpu, void* to, const void* from, std::size_t bytes, void* stream);
+
+}  // namespace mmdit
+
+#endif

@@ -1,0 +1,49 @@
+"""Engines inside diffusers' pipelines: a bundle takes the place of ``pipe.transformer``.
+
+    pipe = StableDiffusion3Pipeline.from_pretrained("stabilityai/stable-diffusion-3.5-medium", transformer=None)
+    pipe.transformer = MMDiTEngineTransformer.from_bundle("dist/sd3.5-medium-fp32")
+
+    pipeline ── [B, C, H, W] or packed tokens, t, text ──► adapter ── the contract's tensors ──► engine
+             ◄── velocity, as diffusers' class returns it ──       ◄── sample [B, tokens, C] ──
+
+With ``transformer=None`` its weights are neither downloaded nor loaded. The pipeline's constructor, ``from_pretrained``
+and ``from_pipe`` take the engine as ``transformer=`` too; diffusers then logs that its class is not the one it knows.
+
+Pipelines of diffusers 0.42.1 that images agree in:
+
+| family | pipelines |
+|---|---|
+| SD3, SD3.5 | StableDiffusion3: Pipeline, Img2Img, Inpaint; with residuals ControlNet, ControlNetInpainting |
+| FLUX.1 | Flux: Pipeline, Img2Img, Inpaint, Fill, Kontext, KontextInpaint, Control, ControlImg2Img, ControlInpaint |
+| FLUX.2 | Flux2: Pipeline, KleinPipeline, KleinInpaint |
+| Qwen-Image | QwenImage: Pipeline, Img2Img, Inpaint, Edit, EditInpaint, EditPlus |
+
+What an engine cannot do is refused where it is asked for, and not ignored: ``skip_layers``, IP-Adapters, LoRAs and
+their scale (`mmdit-export --lora` merges them), a ControlNet's residuals that the engine has no input for, FLUX.2's KV
+cache, other types (an engine's precision was chosen when it was exported), ``enable_cache``, ``save_pretrained`` (see
+`mmdit_deploy.diffusers.refusals`).
+
+Batches, images and texts beyond the engine's ranges are refused too, by the name of the option to export with. Guidance
+in one batch (SD3) takes twice the images; guidance by two calls (FLUX's and Qwen-Image's ``true_cfg_scale``) does not.
+
+Nothing here is imported with diffusers but `mmdit_deploy.diffusers.transformer`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmdit_deploy.diffusers.transformer import MMDiTEngineTransformer
+
+
+def __getattr__(name: str) -> Any:
+    """The class is imported when it is asked for: diffusers takes seconds, and may be missing."""
+    if name in __all__:
+        from mmdit_deploy.diffusers.transformer import MMDiTEngineTransformer
+
+        return MMDiTEngineTransformer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = ["MMDiTEngineTransformer"]
