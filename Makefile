@@ -53,7 +53,7 @@ lint: setup
 CPP = dist/cpp
 CPP_BUILDS = release sanitized
 CPP_JOBS = 2
-CPP_TESTED = -DCMAKE_BUILD_TYPE=None -DMMDIT_TESTS=$(CURDIR)/tests/cpp
+CPP_TESTED = -DCMAKE_BUILD_TYPE=None -DMMDIT_TESTS=$$PWD/tests/cpp
 DEBIAN = http://deb.debian.org/debian
 
 cpp: setup
@@ -68,13 +68,13 @@ cpp-builds: cpp-headers
 	@for build in $(CPP_BUILDS); do \
 	    case $$build in \
 	    release) flags='-DCMAKE_BUILD_TYPE=Release';; \
-	    sanitized) flags='$(CPP_TESTED) -DMMDIT_SANITIZE=address,undefined';; \
-	    threads) flags='$(CPP_TESTED) -DMMDIT_SANITIZE=thread';; \
+	    sanitized) flags="$(CPP_TESTED) -DMMDIT_SANITIZE=address,undefined";; \
+	    threads) flags="$(CPP_TESTED) -DMMDIT_SANITIZE=thread";; \
 	    esac; \
 	    cmake -S engines/cpp -B $(CPP)/$$build $$flags -DMMDIT_TENSORRT=OFF \
-	        -Dnlohmann_json_DIR=$(CURDIR)/$(CPP)/headers/share/cmake/nlohmann_json \
-	        -DONNXRUNTIME_INCLUDE_DIR=$(CURDIR)/$(CPP)/headers/include/onnxruntime \
-	        -DONNXRUNTIME_LIBRARY="$$(echo $(CURDIR)/$(VENV)/lib/python3*/site-packages/onnxruntime/capi/libonnxruntime.so.*)" \
+	        -Dnlohmann_json_DIR=$$PWD/$(CPP)/headers/share/cmake/nlohmann_json \
+	        -DONNXRUNTIME_INCLUDE_DIR=$$PWD/$(CPP)/headers/include/onnxruntime \
+	        -DONNXRUNTIME_LIBRARY="$$(echo $$PWD/$(VENV)/lib/python3*/site-packages/onnxruntime/capi/libonnxruntime.so.*)" \
 	        && cmake --build $(CPP)/$$build -j $(CPP_JOBS) || exit 1; \
 	done
 

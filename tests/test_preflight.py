@@ -328,3 +328,19 @@ def test_the_plan_as_json() -> None:
 )
 def test_rough_times(seconds: float, text: str) -> None:
     assert rough_time(seconds) == text
+
+
+def test_the_conditioning_is_a_build_of_its_own(tmp_path: Path) -> None:
+    """Together the parts take the disk and the time of the whole; each takes less memory."""
+    whole, parts = plan_of(segments=1), plan_of(segments=1, split=True)
+    (one,) = (stage for stage in whole.stages if stage.name.startswith("build"))
+    trunk, conditioning = (stage for stage in parts.stages if stage.name.startswith("build"))
+    assert (trunk.name, conditioning.name) == ("build rtx:sm89 (1 segment)", "build rtx:sm89 conditioning")
+    assert trunk.mapped_bytes + conditioning.mapped_bytes == one.mapped_bytes
+    assert 0.33 < conditioning.mapped_bytes / one.mapped_bytes < 0.34  # of SD3.5-Large
+    assert trunk.seconds + conditioning.seconds == pytest.approx(one.seconds)
+    assert abs(parts.disk_bytes - whole.disk_bytes) < 10
+    assert conditioning.memory_bytes < trunk.memory_bytes < one.memory_bytes
+    error = refusal(plan_of(split=True, memory=6 * GIB), tmp_path / "b")
+    assert "build rtx:sm89 conditioning needs" in str(error.received)
+    assert "drop --split-conditioning" in str(error.fix)

@@ -147,3 +147,13 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="readable"):
         (tmp_path / "folder.toml").mkdir()
         load_recipe(tmp_path / "folder.toml")
+
+
+def test_a_recipe_may_split_the_conditioning(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    for line, expected in (("", False), ("split_conditioning = true", True), ("split_conditioning = false", False)):
+        path.write_text(f"{GOOD}{line}\n")
+        assert load_recipe(path).split_conditioning is expected
+    path.write_text(f'{GOOD}split_conditioning = "yes"\n')
+    with pytest.raises(UsageError, match="true or false"):
+        load_recipe(path)

@@ -1,13 +1,14 @@
 """Engines inside diffusers' pipelines: a bundle takes the place of ``pipe.transformer``.
 
-    pipe = StableDiffusion3Pipeline.from_pretrained("stabilityai/stable-diffusion-3.5-medium", transformer=None)
-    pipe.transformer = MMDiTEngineTransformer.from_bundle("dist/sd3.5-medium-fp32")
+    engine = MMDiTEngineTransformer.from_bundle("dist/sd3.5-medium-fp16")
+    pipe = StableDiffusion3Pipeline.from_pretrained(CHECKPOINT, transformer=engine, dtype=engine.dtype)
 
     pipeline ── [B, C, H, W] or packed tokens, t, text ──► adapter ── the contract's tensors ──► engine
              ◄── velocity, as diffusers' class returns it ──       ◄── sample [B, tokens, C] ──
 
-With ``transformer=None`` its weights are neither downloaded nor loaded. The pipeline's constructor, ``from_pretrained``
-and ``from_pipe`` take the engine as ``transformer=`` too; diffusers then logs that its class is not the one it knows.
+The checkpoint's transformer is then neither downloaded nor loaded; diffusers logs that it knows another class.
+``pipe.transformer = engine``, a pipeline's constructor, and ``from_pipe(pipe, transformer=engine, dtype=engine.dtype)``
+take it as well.
 
 Pipelines of diffusers 0.42.1 that images agree in:
 
@@ -26,7 +27,10 @@ cache, other types (an engine's precision was chosen when it was exported), ``en
 Batches, images and texts beyond the engine's ranges are refused too, by the name of the option to export with. Guidance
 in one batch (SD3) takes twice the images; guidance by two calls (FLUX's and Qwen-Image's ``true_cfg_scale``) does not.
 
-Nothing here is imported with diffusers but `mmdit_deploy.diffusers.transformer`.
+`pipe.enable_model_cpu_offload()` frees an engine on a GPU between its uses, and loads it from the bundle again. Of a
+bundle with split conditioning, both parts run in every step: a pipeline gives one timestep at a time.
+
+Nothing here imports diffusers but `mmdit_deploy.diffusers.transformer`.
 """
 
 from __future__ import annotations

@@ -141,7 +141,8 @@ class Engine:
         Args:
             inputs: the contract's inputs by name, in its dtypes and shapes, all on the engine's device: torch tensors,
                 numpy arrays or others with ``__dlpack__``. They are read where they are, copied only where they are
-                not contiguous, and never written to.
+                not contiguous, and never written to. What another library lends on a GPU must stay as it is until the
+                stream is past the call: torch's own memory waits for it, the other's need not.
             outputs: contiguous torch tensors or numpy arrays to write to, by name; new ones for those that are missing.
             conditioning: a step of `condition`'s table, in the place of the inputs that it was made of.
             stream: of the engine's device; by default torch's current one.

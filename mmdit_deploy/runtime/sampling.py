@@ -35,7 +35,6 @@ from mmdit_deploy.sampling import (
 from mmdit_deploy.sampling import sample as sample_velocity
 from mmdit_deploy.spec import ModelSpec
 
-
 Latent = TypeVar("Latent", Tensor, np.ndarray)
 
 

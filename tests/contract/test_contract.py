@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mmdit_deploy.contract import AXES, DEFAULT_RANGES, Contract, Range
+from mmdit_deploy.contract import AXES, DEFAULT_RANGES, Contract, Range, SplitContract, TensorSpec
 from mmdit_deploy.errors import ContractError, MMDiTError, UsageError
 from mmdit_deploy.spec import PRECISIONS, ModelSpec, from_depth
 
@@ -199,3 +199,21 @@ def test_json_round_trip(tiny_spec: ModelSpec) -> None:
     assert Contract.from_json(data) == contract
     assert contract.max_side == data.pop("max_side") == tiny_spec.pos_max_size
     assert Contract.from_json(data).max_side is None  # of a bundle that does not say
+
+
+def test_a_model_in_two_parts_has_the_contract_of_one(tiny_families: Mapping[str, ModelSpec]) -> None:
+    """The parts' inputs are the model's, but for the table; the conditioning takes whole schedules."""
+    whole = Contract.of(tiny_families["flux1"], PRECISIONS["bf16"], {"batch": Range(1, 2, 3)}, outputs=("blocks.0",))
+    conditions = ("timestep", "pooled_projections", "guidance")
+    parts = SplitContract.of(whole, conditions, 704, "bfloat16")
+    assert tuple(t.name for t in parts.conditioning.inputs) == conditions
+    assert parts.table == TensorSpec("modulation", ("batch", 704), "bfloat16")
+    assert {*parts.conditioning.inputs, *parts.trunk.inputs} == {*whole.inputs, parts.table}
+    assert (parts.trunk.outputs, parts.trunk.ranges, parts.trunk.profiles) == (
+        whole.outputs, whole.ranges, whole.profiles
+    )  # fmt: skip
+    assert parts.conditioning.ranges == {"batch": Range(1, 2 * 28, 3 * 64)}
+    assert SplitContract.from_json(json.loads(json.dumps(parts.to_json())), whole) == parts
+    other = Contract.of(tiny_families["flux2"], PRECISIONS["bf16"])
+    with pytest.raises(ValueError, match="not parts of the contract"):
+        SplitContract.from_json(parts.to_json(), other)

@@ -72,10 +72,10 @@ def library(path: Path) -> Any:
     return lib
 
 
-def tensor(name: str, array: np.ndarray, **other: Any) -> Tensor:
+def tensor(name: str | None, array: np.ndarray, **other: Any) -> Tensor:
     """An array as `mmdit_tensor`; fields may be set otherwise."""
     fields = {
-        "name": name.encode(),
+        "name": None if name is None else name.encode(),
         "dtype": DTYPES[array.dtype.name],
         "rank": array.ndim,
         "shape": (ctypes.c_int64 * max(array.ndim, 1))(*array.shape),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
+import hashlib
 import importlib.util
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -162,12 +163,12 @@ def test_inputs_that_break_the_contract_are_refused(api: ModuleType, engine: Any
 
 def test_outputs_that_do_not_fit_are_refused(api: ModuleType, engine: Any) -> None:
     inputs = arrays()
-    out = np.empty_like(inputs["hidden_states"])
+    out = np.zeros_like(inputs["hidden_states"])
     given = tensors(api, inputs)
     for outputs, said in (
         ([], "missing: sample"),
         ([api.tensor("sample", out[:1])], "[2, 20, 16]"),
-        ([api.tensor("sample", out.astype(np.float16))], "float32 [2, 20, 16]"),
+        ([api.tensor("sample", np.empty(out.shape, np.float16))], "float32 [2, 20, 16]"),
         ([api.tensor("sample", inputs["hidden_states"])], "sample overlaps hidden_states"),
         ([api.tensor("sample", out, data=None)], "a null pointer"),
         ([api.tensor("sample", out, data=out.ctypes.data + 1)], "a multiple of its elements' size"),
@@ -182,7 +183,7 @@ def test_calls_that_make_no_sense_are_refused(api: ModuleType, lib: Any, engine:
     out = np.empty_like(inputs["hidden_states"])
     given = tensors(api, inputs)
     for tensor, said in (
-        (api.tensor("x", out, name=None), "a tensor has a name"),
+        (api.tensor(None, out), "a tensor has a name"),
         (api.tensor("x", out, dtype=9), "mmdit_dtype"),
         (api.tensor("x", out, rank=-1), "a tensor has a shape"),
         (api.tensor("x", out, shape=None), "a tensor has a shape"),
@@ -215,10 +216,8 @@ def test_a_null_pointer_and_a_missing_bundle_are_errors(api: ModuleType, lib: An
 
 def _receipt(bundle: Path) -> str:
     """What a receipt for a bundle's files as they are says."""
-    from hashlib import sha256
-
     content = (bundle / "manifest.json").read_bytes()
-    lines = ["mmdit-deploy verified 1", f"manifest {sha256(content).hexdigest()}"]
+    lines = ["mmdit-deploy verified 1", f"manifest {hashlib.sha256(content).hexdigest()}"]
     for name in sorted(json.loads(content)["files"]):
         found = (bundle / name).stat()
         lines.append(f"{found.st_dev} {found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {name}")
@@ -233,16 +232,11 @@ def _flip_keeping_times(path: Path) -> None:
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
-def test_once_hashes_again_only_when_a_file_changed(
-    api: ModuleType, lib: Any, bundle: Path, tmp_path: Path, release: Path
-) -> None:
+def test_once_hashes_again_only_when_a_file_changed(api: ModuleType, lib: Any, bundle: Path, tmp_path: Path) -> None:
     once = {"verify": 1, "receipts": os.fsencode(tmp_path / "receipts")}
     api.CEngine(lib, bundle, **once).close()
     # Files that have just been written may be written again within the clock's tick: nothing is left yet.
     assert not list(tmp_path.glob("receipts/*"))
-    import hashlib
-    import time
-
     time.sleep(2.1)
     api.CEngine(lib, bundle, **once).close()
     (receipt,) = (tmp_path / "receipts").iterdir()
@@ -277,11 +271,9 @@ def test_a_copy_has_no_receipt_and_a_folder_that_cannot_be_written_to_is_no_erro
         api.CEngine(lib, copy, verify=1, receipts=os.fsencode(tmp_path / "receipts"))
 
 
-def test_weights_are_mapped(api: ModuleType, lib: Any, bundle_of: Callable[..., Path]) -> None:
-    bundle = bundle_of()
+def test_weights_are_mapped_while_the_engine_lives(api: ModuleType, lib: Any, bundle: Path) -> None:
+    weights = str(bundle.resolve() / "weights.safetensors")
     loaded = api.CEngine(lib, bundle)
-    maps = Path("/proc/self/maps").read_text()
-    assert str(bundle.resolve() / "weights.safetensors") in maps
+    assert weights in Path("/proc/self/maps").read_text()
     loaded.close()
-    assert str(bundle.resolve() / "weights.safetensors") not in Path("/proc/self/maps").read_text()
-    assert ctypes.sizeof(api.Options) == 56
+    assert weights not in Path("/proc/self/maps").read_text()

@@ -45,7 +45,7 @@ _FLUX1 = {
     "num_single_layers": 2,
 }
 _FLUX2 = {**_SMALL, "in_channels": 16, "axes_dims_rope": (8, 8, 8, 8), "num_layers": 1, "num_single_layers": 2}
-_QWEN = {**_SMALL, "in_channels": 16, "out_channels": 4, "axes_dims_rope": (4, 14, 14), "num_layers": 2}
+_QWEN = {**_SMALL, "in_channels": 16, "out_channels": 4, "axes_dims_rope": (4, 14, 14), "num_layers": 1}
 # Class, config, and what is exported besides.
 MODELS: Mapping[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "sd3": ("SD3Transformer2DModel", _SD3, {}),

@@ -7,6 +7,7 @@ are theirs in both. Prompts are given embedded, so that no text encoder is neede
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmdit_deploy.diffusers.adapters import ADAPTERS
+from mmdit_deploy.diffusers.refusals import MISSING
 from mmdit_deploy.errors import ContractError
+from mmdit_deploy.families import FAMILIES
 from mmdit_deploy.verify.metrics import compare
 
 diffusers = pytest.importorskip("diffusers")
@@ -227,6 +231,30 @@ def test_images_agree(
     assert steps.shape == expected_steps.shape
     assert compare(steps[-1], expected_steps[-1]).rel_l2 <= MAX_REL_L2
     assert (images - expected).abs().max() <= MAX_PIXEL
+
+
+def test_every_pipeline_of_these_transformers_is_shown_or_known_not_to_work() -> None:
+    refused = {
+        "FluxControlNetPipeline": "controlnet_block_samples",
+        "FluxControlNetImg2ImgPipeline": "controlnet_block_samples",
+        "FluxControlNetInpaintPipeline": "controlnet_block_samples",
+        "Flux2KleinKVPipeline": "kv_cache",
+        "QwenImageControlNetPipeline": "controlnet_block_samples",
+        "QwenImageControlNetInpaintPipeline": "controlnet_block_samples",
+        "QwenImageLayeredPipeline": "additional_t_cond",
+        "StableDiffusion3PAGPipeline": "attn_processors",
+        "StableDiffusion3PAGImg2ImgPipeline": "attn_processors",
+    }
+    known = {name for adapter in ADAPTERS.values() for name in adapter.arguments} | set(MISSING)
+    assert set(refused.values()) <= known
+    classes = {family.config_class for family in FAMILIES.values()}
+    theirs = set()
+    for name in dir(diffusers):
+        if name.startswith(("StableDiffusion3", "Flux", "QwenImage")) and name.endswith("Pipeline"):
+            takes = inspect.signature(getattr(diffusers, name)).parameters.get("transformer")
+            if takes is not None and any(cls in str(takes.annotation) for cls in classes):
+                theirs.add(name)
+    assert theirs == {use.pipeline for use in USES.values()} | set(refused)
 
 
 def test_a_callback_changes_what_follows(

@@ -26,6 +26,8 @@ from mmdit_deploy.graph.lower import lower
 from mmdit_deploy.graph.modulations import check_modulations
 from mmdit_deploy.graph.pipeline import Graphs
 from mmdit_deploy.graph.precision.apply import apply_plan
+from mmdit_deploy.graph.split import SplitGraphs, split_graphs
+from mmdit_deploy.graph.split_check import check_parts
 from mmdit_deploy.model import Call, calls
 from mmdit_deploy.precision import SCHEMES, AttentionScales, LinearPlan, PrecisionPlan, linears, role_of
 from mmdit_deploy.precision.quantize import attention_scales, quantize_weight, simulate, simulate_attention
@@ -313,6 +315,56 @@ def test_values_in_fp32_pass_from_call_to_call(
     for file in ("model.onnx", "model.ort.onnx", "model.trt.onnx"):
         onnx.checker.check_model(folder / file, full_check=True)
         assert compare(ort_sample(folder, file, spec, plan), expected).rel_l2 <= 2e-2, file  # of fp16 and its steps
+
+
+def split_of(graphs: Graphs, spec: ModelSpec, plan: PrecisionPlan, dialects: Sequence[str]) -> SplitGraphs:
+    expected = {dialect: implied_lowered(spec, dialect, plan) for dialect in dialects}
+    return split_graphs(graphs.standard, calls(spec), Contract.of(spec, plan.precision), expected, Path("."))
+
+
+def sampled_in_two(split: SplitGraphs, folder: Path, spec: ModelSpec, plan: PrecisionPlan) -> Tensor:
+    """What the conditioning and the trunk make together, in ONNX Runtime."""
+    values, sizes = inputs_of(spec, plan), {"batch": CASE.batch, "img_tokens": CASE.rows * CASE.cols}
+    for graph, contract in (
+        (split.conditioning, split.contract.conditioning),
+        (split.trunk, split.contract.trunk),
+    ):
+        (dialect,) = (name for name in graph if name.startswith("ort"))
+        session = open_session(graph[dialect].SerializeToString(), "ort-cpu", weights_folder=folder)
+        out = [(t.name, getattr(torch, t.dtype), t.shape(sizes)) for t in contract.outputs]
+        values |= run_session(session, {t.name: values[t.name] for t in contract.inputs}, out)
+    return values["sample"].float()
+
+
+def test_a_plan_of_modulation_survives_the_cut_in_two(
+    tiny_spec: ModelSpec, planned_graphs: PlannedGraphs, save_planned: Save, tmp_path: Path
+) -> None:
+    """Quantized in the conditioning; what one of its calls keeps in fp32 passes the table in fp32, the others too."""
+    wide = {"modulations.1.img": frozenset({"modulation"}), "blocks.1": frozenset({"img_modulation"})}
+    plan = plan_of(tiny_spec, ("fp8",), "fp8", base="fp16", modulation="fp8-weights", wide=wide)
+    graphs = planned_graphs(tiny_spec, plan, ("ort",))
+    split = split_of(graphs, tiny_spec, plan, ("ort", "trt"))
+    assert {t.name: t.dtype for t in split.contract.trunk.inputs}["modulation"] == "float32"
+    for part, has in ((split.conditioning, True), (split.trunk, False)):
+        names = {t.name for t in part["trt"].graph.initializer if t.data_type == onnx.TensorProto.FLOAT8E4M3FN}
+        assert any("modulation" in name for name in names) == has
+    folder = save_planned(tmp_path, tiny_spec, SOURCE, plan, graphs)
+    whole = ort_sample(folder, "model.ort.onnx", tiny_spec, plan)
+    assert torch.equal(sampled_in_two(split, folder, tiny_spec, plan), whole)
+    check_parts(graphs.lowered["ort"], split.conditioning["ort"], split.trunk["ort"])
+
+
+def test_so_does_a_bf16_base_where_it_is_emulated(
+    tiny_spec: ModelSpec, planned_graphs: PlannedGraphs, save_planned: Save, tmp_path: Path
+) -> None:
+    plan, dialect = plan_of(tiny_spec, ("fp8",), "fp8", base="bf16"), "ort-emulated-bf16"
+    graphs = planned_graphs(tiny_spec, plan, (dialect,))
+    split = split_of(graphs, tiny_spec, plan, (dialect,))
+    assert split.contract.table.dtype == "bfloat16"
+    folder = save_planned(tmp_path, tiny_spec, SOURCE, plan, graphs)
+    whole = ort_sample(folder, f"model.{dialect}.onnx", tiny_spec, plan)
+    assert torch.equal(sampled_in_two(split, folder, tiny_spec, plan), whole)
+    check_parts(graphs.lowered[dialect], split.conditioning[dialect], split.trunk[dialect])
 
 
 def test_the_edge_of_the_graph_stays_in_the_compute_type(tiny_spec: ModelSpec, planned_graphs: PlannedGraphs) -> None:

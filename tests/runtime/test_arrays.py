@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from mmdit_deploy.checkpoint import random_tensor
+from mmdit_deploy.contract import Contract
 from mmdit_deploy.errors import ContractError
-from mmdit_deploy.runtime import Engine
+from mmdit_deploy.runtime import Engine, checks
+from mmdit_deploy.runtime.checks import InputCheck
 from mmdit_deploy.runtime.tensors import as_tensors, from_numpy, to_numpy
 
 SIZES = {"batch": 2, "img_tokens": 15, "txt_tokens": 4}
@@ -263,3 +265,31 @@ def test_an_output_beside_an_input_is_not(engine: Engine, feed: dict[str, Tensor
 def test_the_cpu_may_be_called_by_its_number(tiny_bundle: Path, feed: dict[str, Tensor], expected: Tensor) -> None:
     with Engine.load(tiny_bundle, device="cpu:0") as engine:
         assert torch.equal(engine(feed)["sample"], expected)
+
+
+def test_what_was_in_order_once_says_nothing_of_other_tensors(
+    engine: Engine, feed: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shapes that are known are not checked again; only so many are kept, and a wrong one never is."""
+    checked: list[object] = []
+
+    class Counted(Contract):
+        def check(self, received: Any) -> dict[str, int]:
+            checked.append(received)
+            return super().check(received)
+
+    whole = engine.contract
+    contract = Counted(whole.inputs, whole.outputs, whole.ranges)
+    check = InputCheck(contract, engine.device, engine.target)
+    for _ in range(3):
+        assert check(feed) == SIZES
+    assert len(checked) == 1
+    for _ in range(2):
+        with pytest.raises(ContractError, match="timestep is float32"):
+            check({**feed, "timestep": feed["timestep"].double()})
+    assert len(checked) == 3
+    monkeypatch.setattr(checks, "KEPT", 2)
+    for batch in (1, 2, 3, 2, 1):
+        sizes = {**SIZES, "batch": batch}
+        assert check({t.name: torch.zeros(t.shape(sizes), dtype=feed[t.name].dtype) for t in whole.inputs}) == sizes
+    assert len(check._known) <= 2

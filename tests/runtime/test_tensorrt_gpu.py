@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,58 @@ def test_views_odd_addresses_and_given_outputs(target: str, exported: Callable[.
         mine = {"sample": sample.view(expected["sample"].shape)}
         assert engine(inputs, outputs=mine)["sample"] is mine["sample"]
         assert close_to(mine, {"sample": expected["sample"]}, 2e-3)
+
+
+class Lent:
+    """GPU memory of another library."""
+
+    def __init__(self, tensor: Tensor):
+        self._tensor = tensor
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._tensor.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self._tensor.__dlpack_device__()
+
+
+def test_memory_of_others_and_tables_of_conditioning(target: str, exported: Callable[..., Path]) -> None:
+    with Engine.load(exported(target), target, specialize="eager") as engine:
+        inputs = feed(engine)
+        expected = {name: t.clone() for name, t in engine(inputs).items()}
+        assert close_to(engine({name: Lent(t) for name, t in inputs.items()}), expected, 2e-3)
+        conditions = ("timestep", "pooled_projections")
+        times = torch.stack([inputs["timestep"] / 2, inputs["timestep"]])
+        table = engine.condition({"timestep": times, "pooled_projections": inputs["pooled_projections"]})
+        others = {name: t for name, t in inputs.items() if name not in conditions}
+        assert close_to(engine(others, conditioning=table[1]), expected, 2e-3)
+        assert not close_to(engine(others, conditioning=table[0]), expected, 2e-3)
+        with pytest.raises(ContractError, match="is on the device"):
+            engine({name: t.cpu().numpy() for name, t in inputs.items()})
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_calls_of_many_threads_do_not_disturb_each_other(
+    target: str, exported: Callable[..., Path], cuda_graphs: bool
+) -> None:
+    """On streams of their own."""
+    with Engine.load(exported(target, 2), target, specialize="eager", cuda_graphs=cuda_graphs) as engine:
+        feeds = [feed(engine, shape, seed) for seed, shape in enumerate(SHAPES[:4])]
+        expected = [{name: t.clone() for name, t in engine(inputs).items()} for inputs in feeds]
+        torch.cuda.synchronize()
+
+        def work(seed: int) -> bool:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                chosen = [(seed + i) % len(feeds) for i in range(40)]
+                return all([is_right(i) for i in chosen])
+
+        def is_right(index: int) -> bool:
+            received = engine(feeds[index])
+            torch.cuda.current_stream().synchronize()  # the other threads go on
+            return all(compare(received[n].cpu(), t.cpu().float()).rel_l2 <= 2e-3 for n, t in expected[index].items())
+
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(work, range(8)))
 
 
 def test_inference_mode_comes_and_goes(target: str, exported: Callable[..., Path]) -> None:

@@ -17,11 +17,14 @@ from mmdit_deploy.sampling import (
     guided,
     guided_by_two_calls,
     guided_in_one_batch,
+    guided_keeping_norm,
+    patchify,
     sample,
     schedule,
     shifted,
     timesteps,
     trajectory,
+    unpatchify,
 )
 
 STEPS = (1, 2, 4, 28, 50)
@@ -149,6 +152,29 @@ def test_guidance_in_one_batch_is_guidance_by_two_calls() -> None:
     two = guided_by_two_calls(lambda x, sigma: model(x, sigma, nothing), lambda x, sigma: model(x, sigma, prompts), 4.0)
     sigmas = schedule(8)
     torch.testing.assert_close(sample(one, noise(), sigmas), sample(two, noise(), sigmas))
+
+
+def test_guidance_may_keep_each_tokens_length() -> None:
+    without, with_prompt = noise(name="without"), noise(name="with")
+    both = guided_keeping_norm(without.half(), with_prompt.half(), 4.0)
+    assert both.dtype == torch.float32
+    torch.testing.assert_close(both.norm(dim=-1), with_prompt.half().float().norm(dim=-1))
+    cosine = torch.nn.functional.cosine_similarity(both, guided(without.half(), with_prompt.half(), 4.0), dim=-1)
+    torch.testing.assert_close(cosine, torch.ones(2, 6))
+    two = guided_by_two_calls(lambda x, sigma: without, lambda x, sigma: with_prompt, 4.0, guided_keeping_norm)
+    one = guided_in_one_batch(lambda x, sigma: torch.cat([without, with_prompt]), 4.0, guided_keeping_norm)
+    assert torch.equal(two(without, torch.ones(2)), one(without, torch.ones(2)))
+
+
+def test_tokens_are_the_ones_that_diffusers_packs() -> None:
+    """A latent becomes tokens, channel, row, column, and a latent again."""
+    from diffusers import FluxPipeline
+
+    latent = noise((2, 3, 4, 6), "latent")
+    tokens = patchify(latent)
+    assert torch.equal(tokens, FluxPipeline._pack_latents(latent, 2, 3, 4, 6))
+    assert torch.equal(unpatchify(tokens, (2, 3)), latent)
+    assert torch.equal(patchify(unpatchify(noise((2, 6, 27)), (3, 2), 3), 3), noise((2, 6, 27)))
 
 
 def test_progress_is_told_after_each_step() -> None:

@@ -94,20 +94,21 @@ Target choose_target(const Bundle& bundle, const std::string& wanted, int device
   std::stable_sort(entries.begin(), entries.end(), [](const EngineEntry& a, const EngineEntry& b) {
     return preference(a.target) < preference(b.target);
   });
-  std::string names, refusals;
+  std::string names, refusals, fixes;
   for (const EngineEntry& entry : entries) {
     try {
       check_runnable(bundle, entry, device);
       return parse_target(entry.target);
     } catch (const MachineError& error) {
       refusals += (refusals.empty() ? "" : "; ") + entry.target + ": " + error.received();
+      if (fixes.find(error.fix()) == std::string::npos) fixes += (fixes.empty() ? "" : "; or: ") + error.fix();
     } catch (const UsageError& error) {  // a later version may know more targets
       refusals += (refusals.empty() ? "" : "; ") + quote(entry.target, 40) + ": no target";
     }
     names += (names.empty() ? "" : ", ") + quote(entry.target, 40);
   }
   throw MachineError("a bundle needs an engine that this machine can run, and " + quote(bundle.name) + " has " + names,
-                     refusals, "mmdit-export … --target ort-cpu");
+                     refusals, fixes.empty() ? "mmdit-export … --target ort-cpu" : fixes);
 }
 
 EngineParts load_parts(const Bundle& bundle, const BackendOptions& options) {
