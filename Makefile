@@ -57,9 +57,14 @@ CPP_TESTED = -DCMAKE_BUILD_TYPE=None -DMMDIT_TESTS=$$PWD/tests/cpp
 DEBIAN = http://deb.debian.org/debian
 
 cpp: setup
-	@if command -v cmake >/dev/null && printf '#include <openssl/evp.h>\n' | c++ -E -x c++ - >/dev/null 2>&1; \
-	then $(MAKE) cpp-builds; \
-	else echo 'The C++ runtime is left out, and its tests are skipped: apt install cmake g++ libssl-dev' >&2; fi
+	@if ! command -v cmake >/dev/null || ! printf '#include <openssl/evp.h>\n' | c++ -E -x c++ - >/dev/null 2>&1; \
+	then echo 'The C++ runtime is left out, and its tests are skipped: apt install cmake g++ libssl-dev' >&2; exit 0; fi; \
+	$(BIN)/python engines/cpp/debian_headers.py $(DEBIAN) $(CPP)/headers; status=$$?; \
+	case $$status in \
+	0) $(MAKE) cpp-builds;; \
+	3) echo 'The C++ runtime is left out, and its tests are skipped: its headers are not there.' >&2;; \
+	*) exit $$status;; \
+	esac
 
 cpp-headers:
 	@$(BIN)/python engines/cpp/debian_headers.py $(DEBIAN) $(CPP)/headers

@@ -9,6 +9,7 @@ them.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import io
 import lzma
 import sys
@@ -25,6 +26,7 @@ PACKAGES = {
         "741a6a32f61a14eaf9560ba1814b27da8e78fa3b9bed9e8867ab46316ddf3793"
     ),
 }
+NOT_DOWNLOADED = 3  # the exit status
 WANTED = ("./usr/include/", "./usr/share/cmake/")
 
 
@@ -59,8 +61,17 @@ def main(mirror: str, folder: Path) -> int:
     if done.exists() and done.read_text() == wanted:
         return 0
     for path, sha256 in PACKAGES.items():
-        with urllib.request.urlopen(f"{mirror}/{path}", timeout=60) as response:
-            package = response.read()
+        try:
+            with urllib.request.urlopen(f"{mirror}/{path}", timeout=60) as response:
+                package = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            print(
+                "the C++ runtime's headers are downloaded from Debian before its first build\n"
+                f"  received: {mirror}/{path}: {error}\n"
+                "  fix:      run it with network access once; or make DEBIAN=… for another mirror",
+                file=sys.stderr,
+            )
+            return NOT_DOWNLOADED
         received = hashlib.sha256(package).hexdigest()
         if received != sha256:
             print(f"{mirror}/{path} must have the SHA-256 {sha256}; received {received}", file=sys.stderr)

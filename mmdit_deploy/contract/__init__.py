@@ -12,10 +12,11 @@ from mmdit_deploy.contract.axes import (
     profile_to_json,
 )
 from mmdit_deploy.contract.contract import Contract, TensorSpec
-from mmdit_deploy.contract.split import TABLE, SplitContract
+from mmdit_deploy.contract.split import CONDITIONING, TABLE, SplitContract
 
 __all__ = [
     "AXES",
+    "CONDITIONING",
     "DEFAULT_RANGES",
     "TABLE",
     "TOKENS",

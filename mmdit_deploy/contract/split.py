@@ -16,6 +16,7 @@ from typing import Any
 from mmdit_deploy.contract.contract import Contract, TensorSpec
 
 TABLE = "modulation"  # the tensor that passes between the two
+CONDITIONING = ("timestep", "pooled_projections", "guidance")  # inputs, of which a model has some
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,13 @@ class SplitContract:
         """
         read = SplitContract(Contract.from_json(data["conditioning"]), Contract.from_json(data["trunk"]))
         names = [tensor.name for tensor in read.conditioning.inputs]
-        if [tensor.name for tensor in read.conditioning.outputs] != [TABLE]:
-            raise ValueError(f"the conditioning does not make {TABLE}")
+        if not names or not set(CONDITIONING).issuperset(names):
+            raise ValueError(f"the conditioning reads {', '.join(names) or 'nothing'}")
+        if [(t.name, t.axes[:1], len(t.axes)) for t in read.conditioning.outputs] != [(TABLE, ("batch",), 2)]:
+            raise ValueError(f"the conditioning does not make {TABLE} [batch, …]")
+        rows, samples = read.conditioning.ranges["batch"], whole.ranges["batch"]
+        if rows.min > samples.min or rows.max < samples.max:
+            raise ValueError(f"the conditioning takes {rows} rows, the model {samples} samples")
         conditioning, trunk = whole.split(names, read.table)
         if (conditioning.inputs, trunk) != (read.conditioning.inputs, read.trunk):
             raise ValueError("the conditioning and the trunk are not parts of the contract")

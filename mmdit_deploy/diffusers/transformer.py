@@ -18,6 +18,7 @@ from mmdit_deploy.diffusers.refusals import MISSING, Compiled, missing
 from mmdit_deploy.errors import MissingPackageError, UsageError
 from mmdit_deploy.families import config_of, family_of
 from mmdit_deploy.runtime import Engine
+from mmdit_deploy.runtime.split import RESIDENT
 
 try:
     from diffusers.configuration_utils import FrozenDict
@@ -72,8 +73,15 @@ class MMDiTEngineTransformer(Compiled, ModelMixin):  # type: ignore[misc]  # dif
             options: others of `Engine.load`.
 
         Raises:
-            BundleError, UsageError, MachineError: as `Engine.load`.
+            BundleError, UsageError, MachineError: as `Engine.load`; the conditioning of a split engine is needed in
+                every step of a pipeline, and cannot be released.
         """
+        if options.get("conditioning", RESIDENT) != RESIDENT:
+            raise UsageError(
+                "a pipeline gives one timestep at a time: both parts of a split engine stay loaded",
+                received=f"conditioning={options['conditioning']!r}",
+                fix="leave it out",
+            )
         engine = Engine.load(path, target, device=device, **options)
         again = {**options, "verify": False}  # its files were checked
         return cls(

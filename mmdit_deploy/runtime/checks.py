@@ -43,6 +43,13 @@ class InputCheck:
             if len(self._known) >= KEPT:
                 self._known.clear()
             self._known[alike] = sizes
+        for name, tensor in tensors.items():
+            if not tensor.data_ptr():  # of which nothing that was looked at so far speaks
+                raise ContractError(
+                    f"{name} has memory",
+                    received=f"{type(tensor).__name__} without",
+                    fix="pass values",
+                )
         return sizes
 
     def _check(self, tensors: Mapping[str, Tensor]) -> Mapping[str, int]:
@@ -102,6 +109,8 @@ def output_tensors(
         tensors[name] = _as_output(name, array)
         dtype, shape = specs[name].dtype, specs[name].shape(sizes)
         wrong = _unwritable(array)
+        if not wrong and isinstance(array, np.ndarray) and tensors[name].data_ptr() != array.ctypes.data:
+            wrong.append("with an axis that runs backwards")
         if wrong or tensors[name].shape != shape or tensors[name].dtype != getattr(torch, dtype):
             received = f"{_dtype(tensors[name])} {list(tensors[name].shape)}"
             raise ContractError(
@@ -151,10 +160,14 @@ def _unwritable(array: Tensor | np.ndarray) -> list[str]:
     """What keeps an array from being written to in place, in words."""
     if isinstance(array, Tensor):
         contiguous = array.layout == torch.strided and array.is_contiguous()
-        failings = (("not contiguous", not contiguous), ("with gradients", array.requires_grad))
+        failings = [
+            ("not contiguous", not contiguous),
+            ("with gradients", array.requires_grad),
+            ("negated", array.is_neg()),
+        ]
     else:
         flags = array.flags
-        failings = (("not contiguous", not flags.c_contiguous), ("read-only or not aligned", not flags.behaved))
+        failings = [("not contiguous", not flags.c_contiguous), ("read-only or not aligned", not flags.behaved)]
     return [words for words, fails in failings if fails]
 
 

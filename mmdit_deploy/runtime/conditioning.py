@@ -15,10 +15,9 @@ from typing import Protocol, overload
 
 from torch import Tensor
 
-from mmdit_deploy.contract import Contract, Range, TensorSpec
+from mmdit_deploy.contract import CONDITIONING, Contract, Range, TensorSpec
 from mmdit_deploy.errors import ContractError
 
-CONDITIONING = ("timestep", "pooled_projections", "guidance")  # inputs, of which a model has some
 STEPS = "steps"
 _ANY = Range(1, 1, 1_000_000)
 

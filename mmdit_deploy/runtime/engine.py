@@ -92,8 +92,8 @@ class Engine:
             specialize: of TensorRT-RTX: when kernels for a new shape are compiled: ``lazy`` in the background, with
                 slower ones until then; ``eager`` before that shape's first run; ``none``.
             conditioning: of a bundle in two parts (``--split-conditioning``): whether the engine that makes the
-                modulation stays loaded, ``resident``, or is loaded in `condition` alone, ``released``: less memory in
-                the steps between.
+                modulation stays loaded, ``resident``, or is loaded when it is needed and freed again, ``released``:
+                less memory in the steps between. It is needed in `condition`, and in each call with all inputs.
 
         Raises:
             BundleError: the bundle is not whole, or has no engines.
@@ -152,7 +152,8 @@ class Engine:
             torch tensors.
 
         Raises:
-            ContractError: a tensor breaks the contract, or no profile of the engine holds the sizes; nothing was run.
+            ContractError: a tensor breaks the contract, or no profile of the engine holds the sizes; nothing was
+                written to.
             MachineError: the engine was closed.
         """
         with self._on(stream):
@@ -198,8 +199,10 @@ class Engine:
 
     def close(self) -> None:
         """Free what the engine holds, after what still runs is done. It cannot be called again."""
-        self._runner.close()
-        self._conditioner.close()
+        try:
+            self._runner.close()
+        finally:
+            self._conditioner.close()
 
     def __enter__(self) -> Engine:
         return self

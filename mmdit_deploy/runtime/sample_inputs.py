@@ -25,9 +25,15 @@ def latent_of(engine: Engine, noise: Array, grid: Grid) -> Tensor:
     """The latent to start from, [B, N, C_out] fp32.
 
     Raises:
-        UsageError: it is not of the grid's size or of the model's channels.
+        UsageError: it is not of the grid's size or of the model's channels, or the model has no such positions.
     """
-    spec = engine.bundle.spec
+    spec, most = engine.bundle.spec, engine.contract.max_side
+    if most is not None and max(grid) > most:
+        raise UsageError(
+            f"{spec.name} has positions for {most} × {most} tokens",
+            received=f"{grid[0]} × {grid[1]}",
+            fix=f"an image of at most {most} rows and columns",
+        )
     latent = as_tensors({"noise": noise})[0]["noise"].detach().to(engine.device, torch.float32)
     expected = (math.prod(grid), spec.out_dim)
     if latent.ndim != 3 or tuple(latent.shape[1:]) != expected or not len(latent):

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmdit_deploy.contract import CONDITIONING
 from mmdit_deploy.errors import UsageError
 from mmdit_deploy.families import Grid, position_ids
-from mmdit_deploy.runtime.conditioning import CONDITIONING
 from mmdit_deploy.runtime.engine import Engine
 from mmdit_deploy.runtime.sample_inputs import Prompt, hidden_of, joined, latent_of, text_of
 from mmdit_deploy.runtime.tensors import Array, to_numpy
@@ -102,13 +102,13 @@ def sample(
         velocity = calls(with_prompt)
     else:
         without = text_of(engine, negative, len(latent))
-        if _in_one_batch(engine, without, with_prompt) if one_batch is None else one_batch:
+        if _in_one_batch(engine, start.shape[1], without, with_prompt) if one_batch is None else one_batch:
             both = calls(joined(without, with_prompt))
             velocity = guided_in_one_batch(both, guidance_scale, guide)
         else:
             velocity = guided_by_two_calls(calls(without), calls(with_prompt), guidance_scale, guide)
     made: Any = sample_velocity(velocity, latent, sigmas, progress=progress)
-    return to_numpy(made) if isinstance(noise, np.ndarray) else made
+    return to_numpy(made.cpu()) if isinstance(noise, np.ndarray) else made
 
 
 def _calls(
@@ -135,7 +135,7 @@ def _calls(
         "img_ids": torch.from_numpy(img_ids).to(engine.device),
         "txt_ids": torch.from_numpy(txt_ids).to(engine.device),
         "timestep": levels.to(engine.device)[:, None].repeat(1, batch),
-        "guidance": torch.full((batch,), guidance or 0.0, device=engine.device),
+        "guidance": torch.full((batch,), guidance or 0.0, dtype=torch.float32, device=engine.device),
     }
     inputs = {t.name: known[t.name] for t in engine.contract.inputs}
     steps = iter(engine.condition({name: t for name, t in inputs.items() if name in CONDITIONING}))
@@ -149,9 +149,16 @@ def _calls(
     return velocity
 
 
-def _in_one_batch(engine: Engine, without: Mapping[str, Tensor], with_prompt: Mapping[str, Tensor]) -> bool:
-    alike = all(tensor.shape == with_prompt[name].shape for name, tensor in without.items())
-    return alike and 2 * len(without["encoder_hidden_states"]) <= engine.contract.ranges["batch"].max
+def _in_one_batch(
+    engine: Engine, img_tokens: int, without: Mapping[str, Tensor], with_prompt: Mapping[str, Tensor]
+) -> bool:
+    """Whether both texts have one length, and a profile of the engine holds both at once."""
+    if any(tensor.shape != with_prompt[name].shape for name, tensor in without.items()):
+        return False
+    batch, txt_tokens = without["encoder_hidden_states"].shape[:2]
+    sizes = {"batch": 2 * batch, "img_tokens": img_tokens, "txt_tokens": txt_tokens}
+    profiles = engine.contract.profiles
+    return any(all(p[axis].min <= size <= p[axis].max for axis, size in sizes.items()) for p in profiles)
 
 
 def _check_model(spec: ModelSpec, guidance: float | None) -> None:

@@ -111,17 +111,21 @@ class InTwoParts:
 
     @contextmanager
     def _loaded(self) -> Iterator[Runner]:
-        if self._closed:
-            raise MachineError("the conditioning engine can be loaded", received="it was closed", fix="load the engine")
+        self._check_open()
         if self._runner is not None:
             yield self._runner
             return
         with self._lock:  # its memory is taken once, however many threads make tables
+            self._check_open()
             runner = self._load()
             try:
                 yield runner
             finally:
                 runner.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise MachineError("the conditioning engine can be loaded", received="it was closed", fix="load the engine")
 
     def _empty(self, rows: int, device: torch.device) -> Tensor:
         dtype = getattr(torch, self._table.dtype)

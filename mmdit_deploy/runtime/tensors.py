@@ -44,7 +44,7 @@ def as_tensors(arrays: Mapping[str, Array]) -> tuple[dict[str, Tensor], bool]:
     tensors, numpy = {}, 0
     for name, array in arrays.items():
         if isinstance(array, Tensor):
-            tensors[name] = array
+            tensors[name] = array.resolve_neg()  # itself, but for views whose memory has the other sign
         elif isinstance(array, np.ndarray):
             tensors[name] = from_numpy(name, array)
             numpy += 1

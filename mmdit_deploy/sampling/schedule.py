@@ -48,7 +48,7 @@ def schedule(steps: int, shift: float = 3.0, *, last: float | None = None, termi
         last = shifted(1 / TRAINING_STEPS, shift)
     _require(0 < last <= 1, "the last call's noise level is above 0, and at most 1", last, f"e.g. {1 / steps:.3g}")
     # fp64 until the end: one rounding, on any machine.
-    sigmas = shifted(torch.linspace(1, last, steps, dtype=torch.float64, device="cpu"), shift)
+    sigmas = shifted(torch.tensor(_line(last, steps), dtype=torch.float64, device="cpu"), shift)
     if terminal is not None:
         _require(
             0 < terminal < 1 and steps > 1,
@@ -58,6 +58,17 @@ def schedule(steps: int, shift: float = 3.0, *, last: float | None = None, termi
         )
         sigmas = 1 - (1 - sigmas) * (1 - terminal) / (1 - sigmas[-1])
     return torch.cat([sigmas, sigmas.new_zeros(1)]).to(torch.float32)
+
+
+def _line(last: float, steps: int) -> list[float]:
+    """Numbers evenly spaced from 1 to the last, from both ends.
+
+    torch.linspace rounds once where a CPU has a fused multiply-add, and twice elsewhere.
+    """
+    if steps == 1:
+        return [1.0]
+    step = (last - 1) / (steps - 1)
+    return [1 + step * i if i < steps // 2 else last - step * (steps - 1 - i) for i in range(steps)]
 
 
 def dynamic_shift(

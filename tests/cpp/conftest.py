@@ -23,6 +23,7 @@ from mmdit_deploy.export import ExportRequest, export
 from mmdit_deploy.spec import PRECISIONS, ModelSpec
 
 ROOT = Path(__file__).parents[2]
+HEADERS_MISSING = "the C++ runtime's headers are downloaded"  # as debian_headers.py says without a network
 RANGES = {"batch": Range(1, 2, 8), "img_tokens": Range(1, 64, 4096), "txt_tokens": Range(1, 16, 256)}
 GRID, TEXT = (4, 5), 7
 
@@ -69,6 +70,8 @@ def built() -> Callable[[str], Path]:
                 text=True,
                 check=False,
             )
+        if done.returncode and HEADERS_MISSING in done.stderr:
+            pytest.skip(f"headers missing: {done.stderr[done.stderr.index(HEADERS_MISSING) :]}")
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         return ROOT / "dist/cpp" / name
 

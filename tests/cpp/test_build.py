@@ -10,27 +10,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_back_end_whose_headers_are_missing_is_left_out_with_a_message(release: Path, tmp_path: Path) -> None:
-    headers = release.parent / "headers"
-    command = [
-        "cmake",
-        "-S",
-        ROOT / "engines/cpp",
-        "-B",
-        tmp_path,
-        "-DTENSORRT_INCLUDE_DIR=TENSORRT_INCLUDE_DIR-NOTFOUND",
-    ]
-    options = [
-        f"-Dnlohmann_json_DIR={headers / 'share/cmake/nlohmann_json'}",
-        "-DCMAKE_DISABLE_FIND_PACKAGE_TensorRT=ON",
-        f"-DONNXRUNTIME_INCLUDE_DIR={headers / 'include/onnxruntime'}",
-        "-DONNXRUNTIME_LIBRARY=ONNXRUNTIME_LIBRARY-NOTFOUND",
-        "-DCMAKE_FIND_ROOT_PATH=/nowhere",
-        "-DCMAKE_FIND_ROOT_PATH_MODE_LIBRARY=ONLY",
-        "-DMMDIT_EXAMPLES=OFF",
-    ]
-    done = subprocess.run(
-        [*command, *options, "-DOPENSSL_CRYPTO_LIBRARY=/dev/null"], capture_output=True, text=True, check=False
-    )
+    json = release.parent / "headers/share/cmake/nlohmann_json"
+    absent = [f"-DCMAKE_DISABLE_FIND_PACKAGE_{package}=ON" for package in ("ONNXRuntime", "TensorRT")]
+    command = ["cmake", "-S", ROOT / "engines/cpp", "-B", tmp_path, f"-Dnlohmann_json_DIR={json}", *absent]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for package in ("ONNXRuntime", "TensorRT"):
         assert f"{package} back end: left out, for its headers or library were not found" in done.stdout
@@ -49,7 +32,7 @@ def test_the_program_in_the_readme_compiles(release: Path, tmp_path: Path) -> No
     assert ran.returncode == 0 and "a bundle is a directory with a manifest.json" in ran.stderr
 
 
-def test_the_c_header_is_c(tmp_path: Path) -> None:
+def test_the_c_header_is_c(release: Path, tmp_path: Path) -> None:
     (tmp_path / "main.c").write_text('#include "mmdit_engine.h"\nint main(void) { return MMDIT_OK; }\n')
     include = f"-I{ROOT / 'engines/cpp/include'}"
     command = [

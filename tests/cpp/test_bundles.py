@@ -72,6 +72,8 @@ MANIFESTS = {
     "no contract": (_set("contract", ...), "no contract"),
     "an unknown dtype": (_set("contract", "inputs", 0, "dtype", "float64"), "the dtype 'float64'"),
     "an axis without a range": (_set("contract", "inputs", 0, "axes", 1, "pixels"), "without a range"),
+    "an axis without a name": (_set("contract", "ranges", "", [1, 2, 4]), "an axis without a name"),
+    "a seed that is no number": (_set("weights", "seed", "0"), "weights"),
     "a range that falls": (_set("contract", "ranges", "batch", [4, 2, 1]), "falls"),
     "a range from nothing": (_set("contract", "ranges", "batch", [0, 2, 4]), "the size 0"),
     "a tensor beyond all memory": (
@@ -164,6 +166,11 @@ def test_targets_that_do_not_run_here_are_refused(sanitized: Path, bundle: Path)
     assert "has engines for 'ort-cpu'" in refused(sanitized, bundle, "--target", "ort-cuda", status=3)
     rewrite(bundle, lambda d: d["engines"].update({"ort-cuda": d["engines"]["ort-cpu"]}))
     assert "CUDAExecutionProvider" in refused(sanitized, bundle, "--target", "ort-cuda", status=3)
+
+
+def test_a_seed_beyond_64_bits_is_one(sanitized: Path, bundle: Path) -> None:
+    rewrite(bundle, _set("weights", "seed", 2**64 - 1))
+    assert "noise.npy" in refused(sanitized, bundle)  # it was loaded: the inputs come next
 
 
 def test_a_build_without_tensorrt_says_so_and_auto_takes_another_engine(sanitized: Path, bundle: Path) -> None:

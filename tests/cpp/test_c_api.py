@@ -125,6 +125,23 @@ def test_another_engines_conditioning_is_refused(api: ModuleType, lib: Any, bund
     second.close()
 
 
+def test_a_freed_engines_conditioning_is_refused_by_those_in_its_place(
+    api: ModuleType, lib: Any, bundle_of: Callable[..., Path]
+) -> None:
+    freed = api.CEngine(lib, bundle_of())
+    inputs = arrays()
+    schedule = {"timestep": inputs["timestep"][None], "pooled_projections": inputs["pooled_projections"]}
+    table = freed.condition(tensors(api, schedule))
+    freed.close()
+    rest = {name: inputs[name] for name in ("hidden_states", "encoder_hidden_states", "img_ids")}
+    for _ in range(8):  # some get the memory that it had
+        other = api.CEngine(lib, bundle_of())
+        with pytest.raises(api.Refused, match="made by the engine that is called"):
+            other.run_step(tensors(api, rest), table, 0, tensors(api, {"sample": inputs["hidden_states"].copy()}))
+        other.close()
+    lib.mmdit_conditioning_free(table)
+
+
 def test_the_contract_is_the_bundles(api: ModuleType, engine: Any, bundle_of: Callable[..., Path]) -> None:
     contract = json.loads((bundle_of() / "manifest.json").read_text())["contract"]
     for kind in ("input", "output"):

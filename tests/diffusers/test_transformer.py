@@ -198,6 +198,11 @@ def test_model_offload_frees_the_engine_between_its_uses(
     assert engines[1].closed
 
 
+def test_the_conditioning_of_a_split_engine_stays_loaded() -> None:
+    with pytest.raises(UsageError, match="one timestep at a time"):
+        MMDiTEngineTransformer.from_bundle("anywhere", conditioning="released")
+
+
 def test_every_bundle_option_reaches_the_engine(monkeypatch: pytest.MonkeyPatch, tiny_spec: ModelSpec) -> None:
     loaded: list[tuple[Any, ...]] = []
 

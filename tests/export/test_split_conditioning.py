@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,14 @@ from torch import Tensor
 from mmdit_deploy.build.layers_file import read_layers
 from mmdit_deploy.build.traffic import traffic_of
 from mmdit_deploy.bundle import open_bundle
+from mmdit_deploy.checkpoint import random_tensor
 from mmdit_deploy.cli import bench as bench_command
 from mmdit_deploy.cli import inspect as inspect_command
 from mmdit_deploy.contract import Range
 from mmdit_deploy.errors import BundleError, GraphError, MachineError, UsageError
 from mmdit_deploy.model import calls, conditioning_calls
-from mmdit_deploy.runtime import Engine, engine_files, runner
+from mmdit_deploy.runtime import Engine, engine_files, runner, sample
+from mmdit_deploy.sampling import schedule as noise_levels
 from mmdit_deploy.spec import ModelSpec
 from mmdit_deploy.verification import verify_bundle
 from mmdit_deploy.verify import Case
@@ -130,6 +134,54 @@ def test_released_conditioning_is_in_memory_in_condition_alone(
         Engine.load(bundles["two"].path, conditioning="gone")
 
 
+def test_an_engine_that_was_closed_makes_no_table(
+    bundles: Mapping[str, Any], inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does a call that waits for its turn when it is closed: the memory would come back."""
+    engine = Engine.load(bundles["two"].path, conditioning="released")
+    load_once, loads = engine._conditioner._load, list[int]()
+    entered, go_on = threading.Event(), threading.Event()
+
+    def load() -> Any:
+        loads.append(threading.get_ident())
+        entered.set()
+        assert go_on.wait(60)
+        return load_once()
+
+    monkeypatch.setattr(engine._conditioner, "_load", load)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(engine.condition, schedule(inputs, 2))
+        assert entered.wait(60)
+        second = pool.submit(engine.condition, schedule(inputs, 2))
+        engine.close()
+        go_on.set()
+        assert len(first.result()) == 2
+        with pytest.raises(MachineError, match="closed"):
+            second.result()
+    assert len(loads) == 1
+
+
+def test_the_sampler_makes_the_same_of_both(bundles: Mapping[str, Any], tiny_spec: ModelSpec) -> None:
+    prompt = {
+        "encoder_hidden_states": random_tensor(1, "text", (1, 4, tiny_spec.txt_dim), std=1.0),
+        "pooled_projections": random_tensor(1, "pooled", (1, tiny_spec.pooled_dim), std=1.0),
+    }
+    made = [
+        sample(
+            Engine.load(bundles[name].path),
+            random_tensor(1, "noise", (1, 12, tiny_spec.out_dim), std=1.0),
+            noise_levels(3),
+            grid=(3, 4),
+            prompt=prompt,
+            negative={name: -tensor for name, tensor in prompt.items()},
+            guidance_scale=2.0,
+            beside=random_tensor(1, "beside", (1, 12, tiny_spec.img_dim - tiny_spec.out_dim), std=1.0),
+        )
+        for name in ("one", "two")
+    ]
+    assert torch.linalg.vector_norm(made[0] - made[1]) <= 1e-5 * torch.linalg.vector_norm(made[0])
+
+
 def test_what_is_in_the_bundle(bundles: Mapping[str, Any], tiny_spec: ModelSpec) -> None:
     one, two = ({p.name for p in bundles[name].path.iterdir()} for name in ("one", "two"))
     reports = {"parity.json", "reference.safetensors", "report.html"}
@@ -186,6 +238,8 @@ def test_parts_that_are_not_the_graph_are_found_without_running_them(
         (lambda d: d["engines"]["ort-cpu"].update(conditioning={}), "engines: "),
         (lambda d: d["split"]["trunk"].update(inputs=[]), "not parts of the contract"),
         (lambda d: d["split"]["conditioning"].update(outputs=[]), "does not make modulation"),
+        (lambda d: d["split"]["conditioning"]["ranges"].update(batch=[1, 1, 1]), "the conditioning takes"),
+        (lambda d: d["split"]["conditioning"].update(inputs=[]), "the conditioning reads nothing"),
         (lambda d: d["split"].pop("trunk"), "KeyError"),
     ],
 )

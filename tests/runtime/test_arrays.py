@@ -60,6 +60,36 @@ def expected(engine: Engine, feed: dict[str, Tensor]) -> Tensor:
     return engine(feed)["sample"]
 
 
+def test_a_given_array_whose_axis_runs_backwards_is_refused(engine: Engine, feed: dict[str, Tensor]) -> None:
+    """Though numpy calls it contiguous, where the axis has one element."""
+    one = {name: t[:1] if t.shape[0] == SIZES["batch"] else t for name, t in feed.items()}
+    backwards = np.zeros(tuple(engine(one)["sample"].shape), np.float16)[::-1]
+    assert backwards.flags.c_contiguous and backwards.flags.behaved
+    with pytest.raises(ContractError) as caught:
+        engine(one, outputs={"sample": backwards})
+    assert "backwards" in str(caught.value.received)
+
+
+def test_views_of_the_other_sign_are_read_as_they_are(
+    engine: Engine, feed: dict[str, Tensor], expected: Tensor
+) -> None:
+    negated = torch.complex(torch.zeros_like(feed["timestep"]), -feed["timestep"]).conj().imag
+    assert negated.is_neg() and torch.equal(negated, feed["timestep"])
+    assert torch.equal(engine({**feed, "timestep": negated})["sample"], expected)
+    out = torch._neg_view(torch.zeros_like(expected))
+    with pytest.raises(ContractError) as caught:
+        engine(feed, outputs={"sample": out})
+    assert "negated" in str(caught.value.received)
+
+
+def test_tensors_without_memory_are_refused(engine: Engine, feed: dict[str, Tensor], expected: Tensor) -> None:
+    """Also where a call of these shapes went well before."""
+    freed = feed["timestep"].clone()
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(ContractError, match="timestep has memory"):
+        engine({**feed, "timestep": freed})
+
+
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Addresses that ONNX Runtime gets, by name; it runs nothing."""

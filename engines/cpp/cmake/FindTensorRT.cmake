@@ -8,7 +8,14 @@
 find_path(TENSORRT_INCLUDE_DIR NvInferRuntime.h
   HINTS ${TENSORRT_ROOT}
   PATH_SUFFIXES include)
-find_library(TENSORRT_LIBRARY NAMES tensorrt_rtx nvinfer HINTS ${TENSORRT_ROOT} PATH_SUFFIXES lib lib64)
+set(_tensorrt_name nvinfer)
+if(TENSORRT_INCLUDE_DIR AND EXISTS ${TENSORRT_INCLUDE_DIR}/NvInferVersion.h)
+  file(STRINGS ${TENSORRT_INCLUDE_DIR}/NvInferVersion.h _tensorrt_rtx REGEX "^#define[ \t]+TRT_MAJOR_RTX[ \t]")
+  if(_tensorrt_rtx)
+    set(_tensorrt_name tensorrt_rtx)
+  endif()
+endif()
+find_library(TENSORRT_LIBRARY NAMES ${_tensorrt_name} HINTS ${TENSORRT_ROOT} PATH_SUFFIXES lib lib64)
 find_path(TENSORRT_CUDA_INCLUDE_DIR cuda_runtime_api.h
   HINTS ${CUDAToolkit_ROOT} ENV CUDA_PATH
   PATHS /usr/local/cuda

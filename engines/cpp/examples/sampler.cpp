@@ -90,15 +90,15 @@ void Batch::velocity(const std::vector<float>& latents, std::int64_t tokens, std
   if (latents.size() != mmdit::element_count(in_shape) || in_shape != out_shape)
     throw mmdit::ContractError("a velocity has the shape of the latent, " + mmdit::to_string(in_shape),
                                mmdit::to_string(out_shape), "sample a model that returns as many channels as it takes");
-  const std::size_t bytes = count * mmdit::item_size(out.dtype);
-  const mmdit::Buffer& x = memory_.try_emplace("hidden_states", engine_, bytes).first->second;
-  const mmdit::Buffer& v = memory_.try_emplace("sample", engine_, bytes).first->second;
-  std::vector<char> host(bytes);
+  const std::size_t in_bytes = count * mmdit::item_size(in.dtype), out_bytes = count * mmdit::item_size(out.dtype);
+  const mmdit::Buffer& x = memory_.try_emplace("hidden_states", engine_, in_bytes).first->second;
+  const mmdit::Buffer& v = memory_.try_emplace("sample", engine_, out_bytes).first->second;
+  std::vector<char> host(std::max(in_bytes, out_bytes));
   mmdit::from_float(latents.data(), count, in.dtype, host.data());
-  x.upload(host.data(), bytes);
+  x.upload(host.data(), in_bytes);
   inputs_["hidden_states"] = {in.dtype, in_shape, x.data()};
   engine_.run(inputs_, conditioning_[0], step, {{out.name, {out.dtype, out_shape, v.data()}}});
-  v.download(host.data(), bytes);
+  v.download(host.data(), out_bytes);
   result.resize(count);
   mmdit::to_float(host.data(), count, out.dtype, result.data());
 }
@@ -108,6 +108,10 @@ void sample(const mmdit::Engine& engine, const Prompt& prompt, const Guidance* g
   if (engine.contract().outputs.size() != 1 || shape.size() != 3)
     throw mmdit::UsageError("a latent of tokens [batch, tokens, channels] is sampled with a model of one output",
                             "noise of shape " + mmdit::to_string(shape), "export without further outputs");
+  if (const std::int64_t rows = batch_of(engine, prompt); rows != shape[0] * (guidance ? 2 : 1))
+    throw mmdit::UsageError("the prompt has a row for each sample, with guidance two",
+                            std::to_string(rows) + " for noise of shape " + mmdit::to_string(shape),
+                            "stack the rows without the prompt and those with it");
   std::vector<Batch> batches;
   if (guidance && guidance->two_calls) {
     batches.emplace_back(engine, half_of(engine, prompt, false), sigmas);
@@ -116,10 +120,6 @@ void sample(const mmdit::Engine& engine, const Prompt& prompt, const Guidance* g
     batches.emplace_back(engine, prompt, sigmas);
   }
   const bool in_one = guidance && !guidance->two_calls;
-  if (batches[0].size() != shape[0] * (in_one ? 2 : 1))
-    throw mmdit::UsageError("the prompt has a row for each sample, with guidance two",
-                            std::to_string(batches[0].size()) + " for noise of shape " + mmdit::to_string(shape),
-                            "stack the rows without the prompt and those with it");
   std::vector<float> velocity, with, twice;
   for (std::size_t step = 0; step + 1 < sigmas.size(); ++step) {
     if (in_one) {

@@ -20,7 +20,6 @@ class Batch {
   // contract has it.
   Batch(const mmdit::Engine& engine, const Prompt& prompt, const std::vector<float>& sigmas);
 
-  std::int64_t size() const { return size_; }
   // The velocity at step `step` of latents [batch, tokens, channels] in fp32.
   void velocity(const std::vector<float>& latents, std::int64_t tokens, std::size_t step, std::vector<float>& result);
 

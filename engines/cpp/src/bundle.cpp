@@ -80,7 +80,10 @@ void check_hashes(Bundle& bundle, const Listing& listing, Verify verify, const f
     Identities found;
     for (const auto& [name, record] : bundle.manifest.files) found[name] = listing.regular.at(name);
     const Receipt receipt(receipts, bundle.path, bundle.manifest.sha256);
-    if (!receipt.holds(found)) receipt.leave(check_content(bundle));
+    if (!receipt.holds(found)) {
+      const std::int64_t hashing_begun = now_ns();
+      receipt.leave(check_content(bundle), hashing_begun);
+    }
   }
   bundle.verify_seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count();
 }
@@ -104,8 +107,9 @@ const Json& object_field(const Json& document, const char* name, bool may_be_emp
 
 void check_weights(const Json& weights) {
   const bool* random = field(weights, "random").as<bool>();
-  if (!random || !field(weights, "origin").as<std::string>() ||
-      (*random && !field(weights, "seed").as<std::int64_t>()))
+  // A seed beyond 64 bits is read as a double: nothing here computes with it.
+  const auto is_number = [](const Json& json) { return json.as<std::int64_t>() || json.as<double>(); };
+  if (!random || !field(weights, "origin").as<std::string>() || (*random && !is_number(field(weights, "seed"))))
     throw Malformed{"weights"};
 }
 

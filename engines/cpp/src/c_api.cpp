@@ -54,8 +54,10 @@ struct mmdit_engine {
 namespace {
 
 mmdit_status describe(mmdit_status status, const mmdit::Error& error, mmdit_error** into) noexcept {
-  if (into)
-    *into = new (std::nothrow) mmdit_error{status, error.what(), error.rule(), error.received(), error.fix()};
+  try {
+    if (into) *into = new mmdit_error{status, error.what(), error.rule(), error.received(), error.fix()};
+  } catch (const std::bad_alloc&) {  // a status without a description
+  }
   return status;
 }
 

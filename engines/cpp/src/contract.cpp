@@ -80,7 +80,10 @@ struct SeenSizes {
     fix << "export with --" << option << " " << std::min(r.min, size) << ":" << r.opt << ":" << std::max(r.max, size);
     return ContractError(
         axis + " must be " + std::to_string(r.min) + " to " + std::to_string(r.max) + " in this engine",
-        std::to_string(size) + " (" + tensor + ")", size > 0 ? fix.str() : "pass at least one");
+        std::to_string(size) + " (" + tensor + ")",
+        size < 1         ? "pass at least one"
+        : axis == "steps" ? "make several conditionings"  // no option of the export's
+                          : fix.str());
   }
 };
 

@@ -11,8 +11,8 @@ namespace mmdit {
 std::shared_ptr<void> device_memory(const std::shared_ptr<Gpu>& gpu, std::size_t bytes) {
   if (gpu) return gpu->allocate(bytes);
   // As ONNX Runtime's own tensors: at a multiple of 64 bytes.
-  const std::size_t rounded = (std::max<std::size_t>(bytes, 1) + 63) / 64 * 64;
-  void* const memory = std::aligned_alloc(64, rounded);
+  const std::size_t rounded = std::max<std::size_t>(bytes / 64 + (bytes % 64 != 0), 1) * 64;
+  void* const memory = rounded < bytes ? nullptr : std::aligned_alloc(64, rounded);
   if (!memory) throw MachineError("there is memory for a tensor", std::to_string(bytes) + " bytes asked for", "free some");
   return {memory, std::free};
 }

@@ -45,7 +45,7 @@ void check_device(const Gpu* gpu, const std::string& target, const Tensors& tens
 struct Conditioning::Table {
   std::vector<Inputs> steps;                  // what each reads in the place of the conditioning inputs
   std::vector<std::shared_ptr<void>> memory;  // that they point into
-  const void* of = nullptr;                   // the engine that made it
+  std::shared_ptr<const char> of;             // the key of the engine that made it
 
   char* allocate(const std::shared_ptr<Gpu>& gpu, std::size_t bytes) {
     return static_cast<char*>(memory.emplace_back(device_memory(gpu, bytes)).get());
@@ -65,6 +65,8 @@ struct Engine::State {
   std::shared_ptr<Gpu> gpu;
   EngineParts parts;
   Contract schedule;
+  // Names the engine: its address is no other's as long as a table holds it.
+  const std::shared_ptr<const char> key = std::make_shared<const char>('\0');
 
   // Runs a step that was checked.
   void step(Inputs inputs, const Outputs& outputs, const Sizes& sizes, void* stream) const {
@@ -85,7 +87,7 @@ Conditioning::Table Engine::State::tabulate(const Inputs& inputs, const Sizes& s
   const std::int64_t steps = sizes.at("steps");
   Conditioning::Table table =
       bundle->split ? tabulate_split(inputs, steps, sizes.at("batch"), stream) : tabulate_rows(inputs, steps, stream);
-  table.of = this;
+  table.of = key;
   return table;
 }
 
@@ -193,7 +195,7 @@ Conditioning Engine::condition(const Inputs& inputs, void* stream) const {
 void Engine::run(const Inputs& inputs, const Conditioning& conditioning, std::size_t step, const Outputs& outputs,
                  void* stream) const {
   const State& state = *state_;
-  if (conditioning.table_->of != &state)
+  if (conditioning.table_->of != state.key)
     throw ContractError("a step's conditioning is made by the engine that is called", "another engine's",
                         "conditioning = engine.condition(…)");
   if (step >= conditioning.steps())

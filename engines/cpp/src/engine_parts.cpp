@@ -120,7 +120,9 @@ EngineParts load_parts(const Bundle& bundle, const BackendOptions& options) {
   }
   const Json* conditioning = entry.json->find("conditioning");
   if (!conditioning) throw malformed_bundle(bundle.path, quote(entry.target) + ": a split model without its conditioning");
-  parts.conditioning = open(bundle, *conditioning, bundle.split->conditioning, options);
+  BackendOptions its_own = options;  // each part writes its cache whole: one file for both would hold one's kernels
+  if (!its_own.runtime_cache.empty()) its_own.runtime_cache += ".conditioning";
+  parts.conditioning = open(bundle, *conditioning, bundle.split->conditioning, its_own);
   parts.step = open(bundle, *entry.json, bundle.split->trunk, options);
   return parts;
 }

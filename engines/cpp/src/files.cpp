@@ -180,11 +180,13 @@ std::map<std::string, Hashed> hash_files(const fs::path& directory, const std::v
     }
   };
   const std::size_t cores = std::max(1u, std::thread::hardware_concurrency());
+  const std::size_t count = std::min(cores, queue.size());
   std::vector<std::thread> threads;
-  for (std::size_t i = 1; i < std::min(cores, queue.size()); ++i) {
+  threads.reserve(count);
+  for (std::size_t i = 1; i < count; ++i) {
     try {
       threads.emplace_back(work);
-    } catch (const std::system_error&) {  // no more threads here: those that there are do the work
+    } catch (const std::exception&) {  // no more threads or memory here: those that there are do the work
       break;
     }
   }

@@ -11,7 +11,8 @@
 
 namespace mmdit {
 
-// What stat says of a file: as long as all of it stays the same, so do the bytes. ctime cannot be set back.
+// What stat says of a file: as long as all of it stays the same, so do the bytes. ctime cannot be set
+// back, where the file system keeps it.
 struct FileIdentity {
   std::uint64_t device = 0, inode = 0, size = 0;
   std::int64_t mtime_ns = 0, ctime_ns = 0;

@@ -1,4 +1,4 @@
-// Compiled with -ffp-contract=off: a fused multiply-add rounds once where torch rounds twice.
+// Compiled with -ffp-contract=off: a fused multiply-add rounds once where Python and torch round twice.
 #include "mmdit/flow.h"
 
 #include <cmath>
@@ -17,7 +17,7 @@ void require(bool holds, const char* rule, double received, const char* fix) {
   if (!holds) throw UsageError(rule, std::to_string(received), fix);
 }
 
-// Evenly spaced from 1 to `last`, from both ends, as torch.linspace.
+// Evenly spaced from 1 to `last`, from both ends.
 double spaced(int i, int steps, double last) {
   const double step = steps > 1 ? (last - 1) / (steps - 1) : 0;
   return i < steps / 2 || steps == 1 ? 1 + step * i : last - step * (steps - i - 1);

@@ -167,7 +167,12 @@ void check_onnxruntime(const Target& target) {
     throw MachineError("ONNX Runtime is at least the version whose headers the library was built with, 1." +
                            std::to_string(ORT_API_VERSION),
                        OrtGetApiBase()->GetVersionString(), "install a newer ONNX Runtime");
-  const std::vector<std::string> providers = Ort::GetAvailableProviders();
+  std::vector<std::string> providers;
+  try {
+    providers = Ort::GetAvailableProviders();
+  } catch (const Ort::Exception& error) {
+    throw failed("names its execution providers", error.what());
+  }
   if (std::find(providers.begin(), providers.end(), provider_of(target)) == providers.end())
     throw MachineError("the target " + target.name + " runs on ONNX Runtime's " + provider_of(target),
                        "this ONNX Runtime has none", "on a machine with an NVIDIA GPU: link ONNX Runtime's GPU build");

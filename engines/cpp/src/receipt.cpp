@@ -16,7 +16,7 @@ namespace fs = std::filesystem;
 namespace {
 
 // A file that is written to twice within one tick of the file system's clock has the same times: one that has just
-// been changed gets no receipt yet.
+// been changed when hashing begins gets no receipt yet.
 constexpr std::int64_t SETTLED_NS = 2000000000;
 
 fs::path default_folder() {
@@ -28,12 +28,6 @@ fs::path default_folder() {
   return {};
 }
 
-std::int64_t now_ns() {
-  timespec now = {};
-  ::clock_gettime(CLOCK_REALTIME, &now);
-  return std::int64_t{now.tv_sec} * 1000000000 + now.tv_nsec;
-}
-
 bool make_folder(const fs::path& folder) {
   std::error_code error;
   if (fs::is_directory(folder, error)) return true;
@@ -42,6 +36,12 @@ bool make_folder(const fs::path& folder) {
 }
 
 }  // namespace
+
+std::int64_t now_ns() {
+  timespec now = {};
+  ::clock_gettime(CLOCK_REALTIME, &now);
+  return std::int64_t{now.tv_sec} * 1000000000 + now.tv_nsec;
+}
 
 Receipt::Receipt(const fs::path& folder, const fs::path& bundle, std::string manifest_sha256)
     : manifest_sha256_(std::move(manifest_sha256)) {
@@ -68,8 +68,8 @@ bool Receipt::holds(const Identities& files) const {
   return found == expected;
 }
 
-void Receipt::leave(const Identities& files) const {
-  const auto is_new = [now = now_ns()](const auto& file) { return file.second.ctime_ns > now - SETTLED_NS; };
+void Receipt::leave(const Identities& files, std::int64_t begun_ns) const {
+  const auto is_new = [&](const auto& file) { return file.second.ctime_ns > begun_ns - SETTLED_NS; };
   if (file_.empty() || std::any_of(files.begin(), files.end(), is_new) || !make_folder(file_.parent_path())) return;
   std::string name = file_.string() + ".XXXXXX";
   const int fd = ::mkstemp(name.data());

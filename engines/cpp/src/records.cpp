@@ -27,6 +27,7 @@ Ranges read_ranges(const Json& json) {
   Ranges ranges;
   for (const auto& [axis, sizes] : *object) {
     const auto* three = sizes.as<Json::Array>();
+    if (axis.empty()) throw Malformed{"the range of an axis without a name"};  // an axis without one has a fixed size
     if (!three || three->size() != 3) throw Malformed{"the range of " + quote(axis) + " is no [min, opt, max]"};
     const Range range{axis_length((*three)[0], 1), axis_length((*three)[1], 1), axis_length((*three)[2], 1)};
     if (range.min > range.opt || range.opt > range.max) throw Malformed{"the range of " + quote(axis) + " falls"};

@@ -10,10 +10,16 @@
 #include "mmdit/engine.h"
 
 #if defined(TRT_MAJOR_RTX)
+#include <unistd.h>
+
+#include <atomic>
 #include <fstream>
 #include <iterator>
 #include <memory>
 #include <string>
+#include <system_error>
+
+#include "files.h"
 #endif
 
 namespace mmdit {
@@ -34,7 +40,7 @@ class CompiledKernels {
       cache_.reset(config.createRuntimeCache());
       std::ifstream stream(file_, std::ios::binary);
       const std::string content((std::istreambuf_iterator<char>(stream)), std::istreambuf_iterator<char>());
-      if (cache_ && !content.empty() && cache_->deserialize(content.data(), content.size())) written_ = content.size();
+      if (cache_ && !content.empty() && cache_->deserialize(content.data(), content.size())) written_ = sha256(content);
     }
     if (cache_) config.setRuntimeCache(*cache_);
   }
@@ -43,20 +49,28 @@ class CompiledKernels {
   void save() {
     if (!cache_) return;
     const std::unique_ptr<nvinfer1::IHostMemory> content(cache_->serialize());
-    if (!content || content->size() == written_) return;
-    const std::filesystem::path beside = file_.string() + ".partial";
+    if (!content) return;
+    const std::string digest = sha256({static_cast<const char*>(content->data()), content->size()});
+    if (digest == written_) return;
+    static std::atomic<unsigned> files{0};  // several engines and processes may write at once
+    const std::filesystem::path beside =
+        file_.string() + "." + std::to_string(::getpid()) + "-" + std::to_string(files++) + ".partial";
     std::ofstream stream(beside, std::ios::binary);
     stream.write(static_cast<const char*>(content->data()), static_cast<std::streamsize>(content->size()));
     stream.close();
     std::error_code error;
     if (stream) std::filesystem::rename(beside, file_, error);
-    if (stream && !error) written_ = content->size();
+    if (stream && !error) {
+      written_ = digest;
+    } else {
+      std::filesystem::remove(beside, error);
+    }
   }
 
  private:
   std::filesystem::path file_;
   std::unique_ptr<nvinfer1::IRuntimeCache> cache_;
-  std::size_t written_ = 0;
+  std::string written_;  // the SHA-256 of what the file holds
 };
 
 #else

@@ -18,8 +18,9 @@ class WorkStream {
   explicit WorkStream(std::shared_ptr<Gpu> gpu)
       : gpu_(std::move(gpu)), own_(gpu_->make_stream()), caller_ready_(gpu_->make_event()), done_(gpu_->make_event()) {}
 
-  // Calls enqueue(stream). Calls of one engine share its memory for activations: a call on another stream than the call
-  // before waits for that one.
+  // Calls enqueue(stream). Calls of one engine share its memory for activations: each waits for the one before, whatever
+  // its stream. A handle does not name a stream: a destroyed stream's may be another's later, and CU_STREAM_PER_THREAD is
+  // another stream in each thread.
   template <typename Enqueue>
   void run(void* caller, const Enqueue& enqueue) {
     const bool is_default = reinterpret_cast<std::uintptr_t>(caller) <= 1;  // null, or CU_STREAM_LEGACY
@@ -28,7 +29,7 @@ class WorkStream {
       gpu_->record(caller_ready_.get(), caller);
       gpu_->wait(work, caller_ready_.get());
     }
-    if (used_ && work != last_) gpu_->wait(work, done_.get());
+    if (used_) gpu_->wait(work, done_.get());
     const Finish finish{*this, work, is_default ? &caller : nullptr};
     enqueue(work);
   }
@@ -42,7 +43,6 @@ class WorkStream {
     ~Finish() {
       try {
         stream.gpu_->record(stream.done_.get(), work);
-        stream.last_ = work;
         stream.used_ = true;
         if (caller) stream.gpu_->wait(*caller, stream.done_.get());
       } catch (const std::exception&) {  // the GPU has failed; the next call says so
@@ -52,7 +52,6 @@ class WorkStream {
 
   std::shared_ptr<Gpu> gpu_;
   std::shared_ptr<void> own_, caller_ready_, done_;
-  void* last_ = nullptr;
   bool used_ = false;
 };
 

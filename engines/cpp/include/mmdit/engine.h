@@ -35,14 +35,15 @@ struct Options {
   std::filesystem::path receipts;  // where `once` keeps its receipts; empty: ~/.cache/mmdit-deploy/verified
   int threads = 0;                 // of ONNX Runtime on CPU, within an operator; 0: one a core
   Specialize specialize = Specialize::lazy;
-  std::filesystem::path runtime_cache;  // TensorRT-RTX's compiled kernels, kept in this file; empty: not kept
+  // TensorRT-RTX's compiled kernels, kept in this file, a split engine's also in this name.conditioning; empty: not kept.
+  std::filesystem::path runtime_cache;
 };
 
 class Buffer;
 class Engine;
 
 // A schedule's conditioning, made once by Engine::condition: what each step reads of timestep, guidance and pooled text.
-// It may be moved, outlives no GPU of its engine, and may be used from several threads.
+// Only that engine takes it. Several threads may use it.
 class MMDIT_API Conditioning {
  public:
   std::size_t steps() const noexcept;
