@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from mmdit_deploy.checkpoint.keys import parameters
+from mmdit_deploy.contract import CONDITIONING
 from mmdit_deploy.errors import MachineError
 from mmdit_deploy.runtime import available_memory, check_runs_here, open_runner
-from mmdit_deploy.runtime.conditioning import Conditioner, InOnePiece
+from mmdit_deploy.runtime.conditioning import STEPS, Conditioner, InOnePiece
 from mmdit_deploy.runtime.split import InTwoParts
 from mmdit_deploy.verify.chains import axis_sizes
 from mmdit_deploy.verify.under_test import EngineUnderTest
@@ -34,12 +35,16 @@ class WholeEngine:
         self._contract = engine.contract
         self._runner = open_runner(engine.target, engine.files, engine.record)
         self._conditioner: Conditioner = InOnePiece(engine.contract)
+        self._in_two = engine.parts is not None
         if engine.parts is not None:
             load = partial(engine.parts.conditioning.open, engine.target)
             self._conditioner = InTwoParts(engine.parts.contract, load)
 
     def run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The contract's outputs for its inputs, both by name and on the CPU."""
+        """The contract's outputs for its inputs, both by name and on the CPU.
+
+        Of an engine in two parts it is the middle step of a schedule, as sampling has it.
+        """
         device = self._runner.device
         inputs = {t.name: values[t.name].to(device) for t in self._contract.inputs}
         sizes = axis_sizes(self._contract.inputs, list(inputs.values()))
@@ -47,8 +52,21 @@ class WholeEngine:
             t.name: torch.empty(t.shape(sizes), dtype=getattr(torch, t.dtype), device=device)
             for t in self._contract.outputs
         }
-        self._runner.run(self._conditioner.complete(inputs, sizes), outputs, sizes)
+        self._runner.run(self._of_step(inputs, sizes), outputs, sizes)
         return {name: tensor.cpu() for name, tensor in outputs.items()}
+
+    def _of_step(self, inputs: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Mapping[str, Tensor]:
+        """What the runner reads. Rows of a table that are out of order show, as no step has the timesteps of another.
+
+        A table of one step would hide that.
+        """
+        if not self._in_two:
+            return self._conditioner.complete(inputs, sizes)
+        conditions = {name: tensor for name, tensor in inputs.items() if name in CONDITIONING}
+        times = inputs["timestep"]
+        schedule = {**conditions, "timestep": torch.stack([times / 2, times, times / 4])}
+        steps = self._conditioner.tabulate(schedule, {**sizes, STEPS: len(schedule["timestep"])})
+        return {**{name: tensor for name, tensor in inputs.items() if name not in conditions}, **steps[1]}
 
     def __enter__(self) -> WholeEngine:
         return self

@@ -26,6 +26,7 @@ from mmdit_deploy.contract import Range
 from mmdit_deploy.errors import BundleError, GraphError, MachineError, UsageError
 from mmdit_deploy.model import calls, conditioning_calls
 from mmdit_deploy.runtime import Engine, engine_files, runner, sample
+from mmdit_deploy.runtime.split import InTwoParts
 from mmdit_deploy.sampling import schedule as noise_levels
 from mmdit_deploy.spec import ModelSpec
 from mmdit_deploy.verification import verify_bundle
@@ -202,6 +203,23 @@ def test_the_composed_engine_is_verified_at_export_and_later(bundles: Mapping[st
     again = verify_bundle(bundles["two"].path)
     assert again.passed and again.executed[1].startswith("the whole engine, conditioning and trunk")
     assert len(again.executed) == 2 and again.executed[0].startswith("11 calls one by one")
+
+
+def test_a_table_that_is_right_for_one_step_alone_is_rejected(
+    bundles: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows are by sample, and within a sample by step."""
+    by_step = InTwoParts.tabulate
+
+    def by_sample(
+        self: InTwoParts, schedule: Mapping[str, Tensor], sizes: Mapping[str, int]
+    ) -> list[dict[str, Tensor]]:
+        rows = torch.stack([step["modulation"] for step in by_step(self, schedule, sizes)])
+        return [{"modulation": part} for part in rows.transpose(0, 1).flatten(0, 1).split(sizes["batch"])]
+
+    monkeypatch.setattr(InTwoParts, "tabulate", by_sample)
+    failure = verify_bundle(bundles["two"].path).first_failure
+    assert failure is not None and failure.level == "engine" and failure.case.batch == 2
 
 
 def edited(bundle: Path, to: Path, change: Callable[[dict[str, Any]], None]) -> Path:

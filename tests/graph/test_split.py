@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from onnx import helper
 
 from mmdit_deploy.checkpoint.weights import RandomWeights
 from mmdit_deploy.contract import Contract, Range
@@ -179,7 +180,96 @@ def point_elsewhere(conditioning: onnx.ModelProto, trunk: onnx.ModelProto) -> No
     next(e for e in weight.external_data if e.key == "offset").value = "0"
 
 
-@pytest.mark.parametrize("fault", [exchange, shift, misread, lose, rewrite, point_elsewhere])
+def turn_the_sample_around(conditioning: onnx.ModelProto, trunk: onnx.ModelProto) -> None:
+    """The last call's output is reversed, by nodes that say they belong to the table."""
+    final = next(node for node in trunk.graph.node if "sample" in node.output)
+    final.output[0] = "straight"
+    ints = {"start": -1, "end": -(2**31), "axis": -1, "step": -1}
+    for name, number in ints.items():
+        made = f"modulation.{name}"
+        trunk.graph.node.append(helper.make_node("Constant", [], [made], name=made, value_ints=[number]))
+    read = ["straight", *(f"modulation.{name}" for name in ints)]
+    trunk.graph.node.append(helper.make_node("Slice", read, ["sample"], name="modulation.final"))
+
+
+def through_whole_numbers(value: str, name: str) -> list[onnx.NodeProto]:
+    return [
+        helper.make_node("Cast", [value], [f"{name}.int"], name=f"{name}.int", to=onnx.TensorProto.INT64),
+        helper.make_node("Cast", [f"{name}.int"], [name], name=name, to=onnx.TensorProto.FLOAT),
+    ]
+
+
+def round_the_sample(conditioning: onnx.ModelProto, trunk: onnx.ModelProto) -> None:
+    """What the last call makes is cast to whole numbers and back."""
+    final = next(node for node in trunk.graph.node if "sample" in node.output)
+    final.output[0] = "exact"
+    trunk.graph.node.extend(through_whole_numbers("exact", "sample"))
+
+
+def round_what_a_block_reads(conditioning: onnx.ModelProto, trunk: onnx.ModelProto) -> None:
+    """So is an input of a block."""
+    index = next(i for i, node in enumerate(trunk.graph.node) if node.name == "blocks.1")
+    block = trunk.graph.node[index]
+    casts = through_whole_numbers(block.input[0], "rounded")
+    block.input[0] = "rounded"
+    for cast in reversed(casts):
+        trunk.graph.node.insert(index, cast)
+
+
+def round_the_table(conditioning: onnx.ModelProto, trunk: onnx.ModelProto) -> None:
+    """So is a modulation tensor on its way into the table."""
+    (index,) = [i for i, node in enumerate(conditioning.graph.node) if node.name == "modulation.tensors"]
+    concat = conditioning.graph.node[index]
+    casts = through_whole_numbers(concat.input[0], "modulation.rounded")
+    concat.input[0] = "modulation.rounded"
+    for cast in reversed(casts):
+        conditioning.graph.node.insert(index, cast)
+
+
+def stand_in_both(conditioning: onnx.ModelProto, trunk: onnx.ModelProto) -> None:
+    """The trunk has the conditioning call too, with all that it reads."""
+    (call,) = [node for node in conditioning.graph.node if node.name == "conditioning"]
+    trunk.graph.node.insert(0, call)
+    read = set(call.input)
+    trunk.graph.input.extend(value for value in conditioning.graph.input if value.name in read)
+    trunk.graph.initializer.extend(tensor for tensor in conditioning.graph.initializer if tensor.name in read)
+    known = {function.name for function in trunk.functions}
+    trunk.functions.extend(function for function in conditioning.functions if function.name not in known)
+
+
+def exchange_the_names_of_nodes(conditioning: onnx.ModelProto, trunk: onnx.ModelProto) -> None:
+    """Two nodes have one name, of which the last is right."""
+    next(node for node in trunk.graph.node if node.name == "blocks.0").name = "blocks.1"
+
+
+def change_an_input(conditioning: onnx.ModelProto, trunk: onnx.ModelProto) -> None:
+    """An input is of another type."""
+    next(v for v in trunk.graph.input if v.name == "hidden_states").type.tensor_type.elem_type = 10
+
+
+def import_other_operators(conditioning: onnx.ModelProto, trunk: onnx.ModelProto) -> None:
+    """Operators are those of an older opset."""
+    next(opset for opset in trunk.opset_import if not opset.domain).version = 17
+
+
+def import_others_in_a_function(conditioning: onnx.ModelProto, trunk: onnx.ModelProto) -> None:
+    """They are in a function."""
+    next(opset for opset in conditioning.functions[0].opset_import if not opset.domain).version = 17
+
+
+def declare_an_attribute(conditioning: onnx.ModelProto, trunk: onnx.ModelProto) -> None:
+    """A function has an attribute more."""
+    trunk.functions[0].attribute.append("epsilon")
+
+
+FAULTS = (
+    exchange, shift, misread, lose, rewrite, point_elsewhere, turn_the_sample_around, round_the_sample,
+    round_what_a_block_reads, round_the_table, stand_in_both, exchange_the_names_of_nodes, change_an_input,
+    import_other_operators, import_others_in_a_function, declare_an_attribute,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_parts_that_are_not_the_whole_are_refused(
     fault: Callable[..., None], tiny_families: Mapping[str, ModelSpec], graphs_of: GraphsOf
 ) -> None:

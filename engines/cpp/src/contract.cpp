@@ -81,8 +81,8 @@ struct SeenSizes {
     return ContractError(
         axis + " must be " + std::to_string(r.min) + " to " + std::to_string(r.max) + " in this engine",
         std::to_string(size) + " (" + tensor + ")",
-        size < 1         ? "pass at least one"
-        : axis == "steps" ? "make several conditionings"  // no option of the export's
+        size < 1          ? "pass at least one"
+        : axis == "steps" ? "make several conditionings"  // the export has no such option
                           : fix.str());
   }
 };

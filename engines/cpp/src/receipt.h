@@ -29,7 +29,8 @@ class Receipt {
 
   // Whether the files are those that were hashed.
   bool holds(const Identities& files) const;
-  // Writes it, whole or not at all, unless one changed just before `begun_ns`, when hashing began. A folder that cannot be written to is no error: files are hashed again next time.
+  // Writes it, whole or not at all, unless a file changed just before `begun_ns`, when hashing began. A folder that
+  // cannot be written to is no error: files are hashed again next time.
   void leave(const Identities& files, std::int64_t begun_ns) const;
 
  private:

@@ -3,7 +3,7 @@
 //     mmdit::Engine engine = mmdit::Engine::load("dist/sd3-fp16");
 //     engine.run({{"hidden_states", x}, …}, {{"sample", velocity}});
 //
-// Every error is an mmdit::Error (error.h). mmdit_engine.h has the same for C, without exceptions.
+// Every error is an mmdit::Error (error.h). mmdit_engine.h has what is in this file for C, without exceptions.
 #ifndef MMDIT_ENGINE_H
 #define MMDIT_ENGINE_H
 
@@ -35,7 +35,7 @@ struct Options {
   std::filesystem::path receipts;  // where `once` keeps its receipts; empty: ~/.cache/mmdit-deploy/verified
   int threads = 0;                 // of ONNX Runtime on CPU, within an operator; 0: one a core
   Specialize specialize = Specialize::lazy;
-  // TensorRT-RTX's compiled kernels, kept in this file, a split engine's also in this name.conditioning; empty: not kept.
+  // TensorRT-RTX's compiled kernels, kept in this file, and a split engine's beside it in *.conditioning; empty: none.
   std::filesystem::path runtime_cache;
 };
 
@@ -68,7 +68,8 @@ class MMDIT_API Engine {
   // Inputs are never written to.
   //
   // `stream` is a CUstream or cudaStream_t of the GPU; null is the default one, and the only one on a CPU. TensorRT
-  // enqueues and returns; ONNX Runtime waits for the stream, and returns when the outputs are there.
+  // enqueues and returns, but for a split engine, which waits for the device when it frees the call's modulation table
+  // (condition() once spares that). ONNX Runtime waits for the stream, and returns when the outputs are there.
   //
   // Several threads may run one engine: ONNX Runtime's calls run side by side, TensorRT's take turns.
   //
