@@ -89,7 +89,8 @@ test: lint cpp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --durations 60
 
 soak: cpp
-	$(BIN)/python -m pytest -q -m soak --durations=0 > bench/results/soak.txt; status=$$?; cat bench/results/soak.txt; exit $$status
+	@status=0; $(BIN)/python -m pytest -q -m soak --durations=0 > bench/results/soak.txt || status=$$?; \
+	cat bench/results/soak.txt; exit $$status
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis

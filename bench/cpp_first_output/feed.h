@@ -28,7 +28,8 @@ inline double seconds_since(std::chrono::steady_clock::time_point begun) {
 inline void report(double loaded, double first, double hashing, const std::vector<float>& output) {
   double sum = 0;
   for (const float value : output) sum += value;
-  std::printf("{\"loaded\": %.6f, \"first_output\": %.6f, \"hashing\": %.6f, \"sum\": %.17g}\n", loaded, first, hashing, sum);
+  std::printf("{\"loaded\": %.6f, \"first_output\": %.6f, \"hashing\": %.6f, \"sum\": %.17g}\n", loaded, first, hashing,
+              sum);
 }
 
 #endif

@@ -40,13 +40,15 @@ void print_rounded(mmdit::DType dtype) {
   mmdit::from_float(values.data(), values.size(), dtype, rounded.data());
   mmdit::to_float(rounded.data(), values.size(), dtype, values.data());
   std::cout.write(rounded.data(), static_cast<std::streamsize>(rounded.size()));
-  std::cout.write(reinterpret_cast<const char*>(values.data()), static_cast<std::streamsize>(values.size() * sizeof(float)));
+  std::cout.write(reinterpret_cast<const char*>(values.data()),
+                  static_cast<std::streamsize>(values.size() * sizeof(float)));
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   if (argc == 2 && !std::strcmp(argv[1], "levels")) return print_levels(), 0;
-  if (argc == 3) return print_rounded(std::strcmp(argv[2], "float16") ? mmdit::DType::bfloat16 : mmdit::DType::float16), 0;
+  if (argc == 3)
+    return print_rounded(std::strcmp(argv[2], "float16") ? mmdit::DType::bfloat16 : mmdit::DType::float16), 0;
   return 2;
 }

@@ -24,13 +24,44 @@ std::string read(const std::string& path) {
   return {std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>()};
 }
 
-const std::vector<std::string> TOKENS = {
-    "{", "}", "[", "]", ":", ",", "\"", "null", "true", "-1", "0", "1e999", "9223372036854775808", "1000000001", "0.5",
-    "\\ud800", "\\u0000", "\xff", "\xef\xbb\xbf", "../", "/", "\"batch\"", "\"img_tokens + txt_tokens\"", " + ",
-    "\"float16\"", "\"size\"", "\"split\": {}, ", "\"engines\": {}, ", "(", ")", "'descr': '<f4', ", "True", "<f8", "99999999999"};
+const std::vector<std::string> TOKENS = {"{",
+                                         "}",
+                                         "[",
+                                         "]",
+                                         ":",
+                                         ",",
+                                         "\"",
+                                         "null",
+                                         "true",
+                                         "-1",
+                                         "0",
+                                         "1e999",
+                                         "9223372036854775808",
+                                         "1000000001",
+                                         "0.5",
+                                         "\\ud800",
+                                         "\\u0000",
+                                         "\xff",
+                                         "\xef\xbb\xbf",
+                                         "../",
+                                         "/",
+                                         "\"batch\"",
+                                         "\"img_tokens + txt_tokens\"",
+                                         " + ",
+                                         "\"float16\"",
+                                         "\"size\"",
+                                         "\"split\": {}, ",
+                                         "\"engines\": {}, ",
+                                         "(",
+                                         ")",
+                                         "'descr': '<f4', ",
+                                         "True",
+                                         "<f8",
+                                         "99999999999"};
 // Where a manifest says what the runtime believes.
-const std::vector<std::string> ANCHORS = {"\"contract\"", "\"engines\"", "\"files\"", "\"split\"", "\"ranges\"", "\"format\"",
-                                          "\"inputs\"", "\"sha256\"", "\"time_scale\"", "'shape'", "\x93NUMPY"};
+const std::vector<std::string> ANCHORS = {"\"contract\"",   "\"engines\"", "\"files\"",  "\"split\"",
+                                          "\"ranges\"",     "\"format\"",  "\"inputs\"", "\"sha256\"",
+                                          "\"time_scale\"", "'shape'",     "\x93NUMPY"};
 
 std::size_t place(const std::string& text, Random& random) {
   if (random() % 4) {

@@ -122,7 +122,8 @@ Array parse(std::string_view content, const std::string& name) {
   if (version < 1 || version > 3) whole.fail("version " + std::to_string(version));
   const std::size_t prefix = version == 1 ? 10 : 12;
   const std::size_t length = number_at(content, 8, prefix - 8);
-  if (length > MAX_HEADER || prefix + length > content.size()) whole.fail("a header of " + std::to_string(length) + " bytes");
+  if (length > MAX_HEADER || prefix + length > content.size())
+    whole.fail("a header of " + std::to_string(length) + " bytes");
   Array array;
   read_header(Header(content.substr(prefix, length), name), array);
   const std::string_view data = content.substr(prefix + length);
@@ -151,7 +152,8 @@ void write(const std::filesystem::path& file, const mmdit::Shape& shape, const s
   const char lengths[] = {1, 0, static_cast<char>(header.size() & 0xff), static_cast<char>(header.size() >> 8)};
   std::ofstream stream(file, std::ios::binary);
   stream.write("\x93NUMPY", 6).write(lengths, sizeof lengths) << header;
-  stream.write(reinterpret_cast<const char*>(values.data()), static_cast<std::streamsize>(values.size() * sizeof(float)));
+  stream.write(reinterpret_cast<const char*>(values.data()),
+               static_cast<std::streamsize>(values.size() * sizeof(float)));
   stream.close();
   if (!stream) throw mmdit::UsageError("the latent is written to a file", file.string(), "name a folder that is there");
 }

@@ -3,8 +3,8 @@
 //     mmdit-sample BUNDLE INPUTS -o latent.npy --steps 28 --shift 3 --guidance 4.5
 //
 // INPUTS is a folder: noise.npy [batch, tokens, channels], and a file for each other input of the contract but
-// hidden_states and timestep: encoder_hidden_states.npy, pooled_projections.npy, img_ids.npy, … With guidance, those with
-// a batch have twice the rows: without the prompt, then with it.
+// hidden_states and timestep: encoder_hidden_states.npy, pooled_projections.npy, img_ids.npy, … With guidance, those
+// with a batch have twice the rows: without the prompt, then with it.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -44,7 +44,8 @@ double number(const std::string& option, const std::string& text) {
 
 int whole_number(const std::string& option, const std::string& text) {
   const double value = number(option, text);
-  if (!(value >= 0 && value < 1e6) || value != static_cast<int>(value)) throw wrong(option + " takes a whole number", text);
+  if (!(value >= 0 && value < 1e6) || value != static_cast<int>(value))
+    throw wrong(option + " takes a whole number", text);
   return static_cast<int>(value);
 }
 
@@ -95,7 +96,8 @@ void run(const Arguments& args) {
   mmdit::to_float(noise.data.data(), noise.count(), noise.dtype, latent.data());
   Prompt prompt;
   for (const mmdit::TensorSpec& spec : engine.contract().inputs)
-    if (spec.name != "hidden_states" && spec.name != "timestep") prompt[spec.name] = npy::read(args.inputs / (spec.name + ".npy"));
+    if (spec.name != "hidden_states" && spec.name != "timestep")
+      prompt[spec.name] = npy::read(args.inputs / (spec.name + ".npy"));
   const std::vector<float> sigmas = mmdit::noise_levels(args.schedule);
   sample(engine, prompt, args.guidance ? &*args.guidance : nullptr, sigmas, noise.shape, latent);
   npy::write(args.output, noise.shape, latent);

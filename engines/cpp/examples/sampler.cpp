@@ -37,7 +37,8 @@ npy::Array half_of(const npy::Array& array, std::size_t axis, bool second) {
                             "shape " + mmdit::to_string(array.shape), "stack both");
   npy::Array result{array.dtype, array.shape, {}};
   result.shape[axis] /= 2;
-  const auto before = mmdit::element_count({array.shape.begin(), array.shape.begin() + static_cast<std::ptrdiff_t>(axis)});
+  const auto before =
+      mmdit::element_count({array.shape.begin(), array.shape.begin() + static_cast<std::ptrdiff_t>(axis)});
   const std::size_t part = array.data.size() / std::max<std::size_t>(2 * before, 1);
   for (std::size_t i = 0; i < before; ++i) {
     const char* const from = array.data.data() + (2 * i + second) * part;

@@ -47,10 +47,10 @@ typedef struct mmdit_options {
   size_t struct_size;
   const char* target; /* NULL: auto */
   int device;
-  int verify;               /* an mmdit_verify */
-  const char* receipts;     /* NULL: the user's cache folder */
-  int threads;              /* of ONNX Runtime on CPU; 0: one a core */
-  int specialize;           /* an mmdit_specialize */
+  int verify;                /* an mmdit_verify */
+  const char* receipts;      /* NULL: the user's cache folder */
+  int threads;               /* of ONNX Runtime on CPU; 0: one a core */
+  int specialize;            /* an mmdit_specialize */
   const char* runtime_cache; /* NULL: none */
 } mmdit_options;
 
@@ -86,8 +86,8 @@ MMDIT_API mmdit_status mmdit_engine_run(const mmdit_engine* engine, const mmdit_
 MMDIT_API mmdit_status mmdit_engine_condition(const mmdit_engine* engine, const mmdit_tensor* inputs,
                                               size_t input_count, void* stream, mmdit_conditioning** conditioning,
                                               mmdit_error** error);
-MMDIT_API mmdit_status mmdit_engine_run_step(const mmdit_engine* engine, const mmdit_tensor* inputs,
-                                             size_t input_count, const mmdit_conditioning* conditioning, size_t step,
+MMDIT_API mmdit_status mmdit_engine_run_step(const mmdit_engine* engine, const mmdit_tensor* inputs, size_t input_count,
+                                             const mmdit_conditioning* conditioning, size_t step,
                                              const mmdit_tensor* outputs, size_t output_count, void* stream,
                                              mmdit_error** error);
 MMDIT_API void mmdit_conditioning_free(mmdit_conditioning* conditioning);

@@ -54,8 +54,9 @@ void check_unlisted(const Bundle& bundle, const Listing& listing) {
   for (const auto& [name, identity] : listing.regular) look(name);
   for (const auto& [name, kind] : listing.other) look(name);
   if (!stray.empty())
-    throw BundleError("every graph, weights and engine file in " + bundle.path.string() + " must be listed in its manifest",
-                      "not listed:" + stray.substr(0, 600), "remove them, or export the bundle again");
+    throw BundleError(
+        "every graph, weights and engine file in " + bundle.path.string() + " must be listed in its manifest",
+        "not listed:" + stray.substr(0, 600), "remove them, or export the bundle again");
 }
 
 Identities check_content(const Bundle& bundle) {
@@ -91,7 +92,7 @@ void check_hashes(Bundle& bundle, const Listing& listing, Verify verify, const f
 double read_time_scale(const Json& spec) {
   const Json* scale = spec.find("time_scale");
   if (!scale) return 1;  // a manifest of before there was one
-  const double value = scale->as<double>() ? *scale->as<double>()
+  const double value = scale->as<double>()         ? *scale->as<double>()
                        : scale->as<std::int64_t>() ? static_cast<double>(*scale->as<std::int64_t>())
                                                    : 0;
   if (!(value > 0)) throw Malformed{"time_scale is " + shown(*scale)};

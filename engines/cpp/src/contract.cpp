@@ -16,7 +16,8 @@ std::int64_t axis_size(const std::string& axis, const Sizes& sizes) {
     const std::size_t end = std::min(axis.find(" + ", start), axis.size());
     const auto part = sizes.find(axis.substr(start, end - start));
     if (part == sizes.end())
-      throw ContractError("the size of each axis follows from the inputs", "none for " + axis, "export the bundle again");
+      throw ContractError("the size of each axis follows from the inputs", "none for " + axis,
+                          "export the bundle again");
     sum += part->second;
     start = end + 3;
   }
@@ -64,10 +65,10 @@ struct SeenSizes {
     const auto [found, added] = sizes.emplace(axis, size);
     if (!added) {
       if (found->second == size) return;
-      throw ContractError(axis + " is one size in all tensors",
-                          std::to_string(found->second) + " in " + seen_in[axis] + ", " + std::to_string(size) +
-                              " in " + tensor,
-                          "make them equal");
+      throw ContractError(
+          axis + " is one size in all tensors",
+          std::to_string(found->second) + " in " + seen_in[axis] + ", " + std::to_string(size) + " in " + tensor,
+          "make them equal");
     }
     seen_in[axis] = tensor;
     if (size < allowed.min || size > allowed.max) throw outside(axis, size, tensor, allowed);
@@ -138,10 +139,9 @@ void Contract::check_outputs(const Outputs& given, const Inputs& read, const Siz
     const Tensor& tensor = found->second;
     const Shape expected = spec.shape(sizes);
     if (tensor.dtype != spec.dtype || tensor.shape != expected)
-      throw ContractError("the output " + spec.name + " is " + name_of(spec.dtype) + " " + to_string(expected) +
-                              " for these inputs",
-                          std::string(name_of(tensor.dtype)) + " " + to_string(tensor.shape),
-                          "pass a tensor like that");
+      throw ContractError(
+          "the output " + spec.name + " is " + name_of(spec.dtype) + " " + to_string(expected) + " for these inputs",
+          std::string(name_of(tensor.dtype)) + " " + to_string(tensor.shape), "pass a tensor like that");
     check_memory(spec.name, tensor.dtype, tensor.shape, tensor.data);
     const Span mine = span(found->first, tensor.data, element_count(tensor.shape), tensor.dtype);
     for (const Span& other : spans)

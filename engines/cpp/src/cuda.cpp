@@ -42,9 +42,9 @@ struct Driver {
   std::string missing;  // why there is no driver
 };
 
-constexpr int CAPABILITY_MAJOR = 75, CAPABILITY_MINOR = 76;     // CUdevice_attribute
-constexpr int POINTER_MEMORY_TYPE = 2, POINTER_ORDINAL = 9;     // CUpointer_attribute
-constexpr unsigned DEVICE_MEMORY = 2;                           // CUmemorytype
+constexpr int CAPABILITY_MAJOR = 75, CAPABILITY_MINOR = 76;  // CUdevice_attribute
+constexpr int POINTER_MEMORY_TYPE = 2, POINTER_ORDINAL = 9;  // CUpointer_attribute
+constexpr unsigned DEVICE_MEMORY = 2;                        // CUmemorytype
 constexpr unsigned STREAM_NON_BLOCKING = 1, EVENT_NO_TIMING = 2;
 
 template <typename Function>
@@ -169,7 +169,8 @@ std::shared_ptr<void> Gpu::allocate(std::size_t bytes) const {
 void* Gpu::allocate_on(std::size_t bytes, void* stream) const {
   const Current current(*this);
   Driver::Address memory = 0;
-  check(driver().allocate_async(&memory, bytes ? bytes : 1, stream), ("has " + std::to_string(bytes) + " bytes").c_str());
+  check(driver().allocate_async(&memory, bytes ? bytes : 1, stream),
+        ("has " + std::to_string(bytes) + " bytes").c_str());
   return reinterpret_cast<void*>(memory);
 }
 

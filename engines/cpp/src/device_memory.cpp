@@ -13,7 +13,8 @@ std::shared_ptr<void> device_memory(const std::shared_ptr<Gpu>& gpu, std::size_t
   // As ONNX Runtime's own tensors: at a multiple of 64 bytes.
   const std::size_t rounded = std::max<std::size_t>(bytes / 64 + (bytes % 64 != 0), 1) * 64;
   void* const memory = rounded < bytes ? nullptr : std::aligned_alloc(64, rounded);
-  if (!memory) throw MachineError("there is memory for a tensor", std::to_string(bytes) + " bytes asked for", "free some");
+  if (!memory)
+    throw MachineError("there is memory for a tensor", std::to_string(bytes) + " bytes asked for", "free some");
   return {memory, std::free};
 }
 

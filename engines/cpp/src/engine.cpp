@@ -35,9 +35,9 @@ void check_device(const Gpu* gpu, const std::string& target, const Tensors& tens
   // The runtime takes an address for one of its device: a wrong one ends the process.
   for (const auto& [name, tensor] : tensors)
     if (!gpu->owns(tensor.data))
-      throw ContractError(name + " is on the device that this " + target + " engine runs on: GPU " +
-                              std::to_string(gpu->index()),
-                          "other memory", "copy it there");
+      throw ContractError(
+          name + " is on the device that this " + target + " engine runs on: GPU " + std::to_string(gpu->index()),
+          "other memory", "copy it there");
 }
 
 }  // namespace
@@ -74,8 +74,7 @@ struct Engine::State {
   }
 
   void check_stream(void* stream) const {
-    if (stream && !gpu)
-      throw UsageError("a stream is the GPU's", "one for " + target.name, "pass none on the CPU");
+    if (stream && !gpu) throw UsageError("a stream is the GPU's", "one for " + target.name, "pass none on the CPU");
   }
 
   Conditioning::Table tabulate(const Inputs& inputs, const Sizes& sizes, void* stream) const;
@@ -100,8 +99,7 @@ Conditioning::Table Engine::State::tabulate_rows(const Inputs& inputs, std::int6
     const bool by_step = name == "timestep";
     const Shape shape(tensor.shape.begin() + by_step, tensor.shape.end());
     const std::size_t row = by_step ? bytes_of({tensor.dtype, shape, nullptr}) : 0;
-    for (std::size_t s = 0; s < table.steps.size(); ++s)
-      table.steps[s][name] = {tensor.dtype, shape, copy + s * row};
+    for (std::size_t s = 0; s < table.steps.size(); ++s) table.steps[s][name] = {tensor.dtype, shape, copy + s * row};
   }
   return table;
 }
@@ -157,8 +155,8 @@ Engine Engine::load(const std::filesystem::path& bundle, const Options& options)
   state->target = choose_target(*state->bundle, options.target, options.device);
   if (state->target.gpu)
     state->gpu = Gpu::open(options.device, "the target " + state->target.name + " needs an NVIDIA GPU");
-  state->parts = load_parts(*state->bundle, {state->target, state->gpu, options.threads, options.specialize,
-                                             options.runtime_cache});
+  state->parts = load_parts(*state->bundle,
+                            {state->target, state->gpu, options.threads, options.specialize, options.runtime_cache});
   state->schedule = schedule_contract(state->bundle->contract);
   return Engine(std::move(state));
 }

@@ -38,7 +38,8 @@ std::string release(const std::string& version) {
 // An engine runs on the GPUs and in the very version that it was built for. Found out before it is deserialized.
 void check_fits(const EngineRecord& record, const Target& target, const Gpu& gpu) {
   std::string needed;
-  for (const std::string& capability : record.capabilities) needed += (needed.empty() ? "" : ", ") + quote(capability, 20);
+  for (const std::string& capability : record.capabilities)
+    needed += (needed.empty() ? "" : ", ") + quote(capability, 20);
   if (std::find(record.capabilities.begin(), record.capabilities.end(), gpu.capability()) == record.capabilities.end())
     throw MachineError("the engine " + target.name + " runs on compute capability " + needed,
                        gpu.name() + ", which has " + gpu.capability(), "mmdit-export … --target for this GPU");
@@ -119,7 +120,8 @@ EngineParts load_parts(const Bundle& bundle, const BackendOptions& options) {
     return parts;
   }
   const Json* conditioning = entry.json->find("conditioning");
-  if (!conditioning) throw malformed_bundle(bundle.path, quote(entry.target) + ": a split model without its conditioning");
+  if (!conditioning)
+    throw malformed_bundle(bundle.path, quote(entry.target) + ": a split model without its conditioning");
   BackendOptions its_own = options;  // each part writes its cache whole: one file for both would hold one's kernels
   if (!its_own.runtime_cache.empty()) its_own.runtime_cache += ".conditioning";
   parts.conditioning = open(bundle, *conditioning, bundle.split->conditioning, its_own);

@@ -106,9 +106,11 @@ std::string shown(const Json& value) {
 Json parse_json_object(std::string_view text, const std::string& what, const std::string& fix) {
   Builder builder;
   const bool parsed = nlohmann::json::sax_parse(text.begin(), text.end(), &builder);
-  if (!parsed) throw BundleError(what + " must be one JSON object in UTF-8, which names everything once", builder.refusal, fix);
+  if (!parsed)
+    throw BundleError(what + " must be one JSON object in UTF-8, which names everything once", builder.refusal, fix);
   if (!builder.root.as<Json::Object>())
-    throw BundleError(what + " must be one JSON object in UTF-8, which names everything once", shown(builder.root), fix);
+    throw BundleError(what + " must be one JSON object in UTF-8, which names everything once", shown(builder.root),
+                      fix);
   return std::move(builder.root);
 }
 

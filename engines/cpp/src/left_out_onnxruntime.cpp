@@ -10,7 +10,8 @@ void check_onnxruntime(const Target& target) {
                      "build it with ONNX Runtime's headers and library (engines/cpp/README.md)");
 }
 
-std::unique_ptr<Backend> open_onnxruntime(const std::filesystem::path&, const Contract&, const BackendOptions& options) {
+std::unique_ptr<Backend> open_onnxruntime(const std::filesystem::path&, const Contract&,
+                                          const BackendOptions& options) {
   check_onnxruntime(options.target);
   return nullptr;
 }

@@ -69,11 +69,21 @@ Ort::SessionOptions session_options(const BackendOptions& wanted) {
 // That the provider got the model, and not the CPU for want of kernels. Beside these operators, ONNX Runtime puts
 // nodes on the CPU on purpose.
 void check_assignment(const Ort::Session& session, const Target& target) {
-  static const std::set<std::string> model = {
-      "Attention",          "BiasGelu",          "FastGelu", "FusedGemm",
-      "FusedMatMul",        "Gelu",              "Gemm",     "LayerNormalization",
-      "MatMul",             "MultiHeadAttention", "Softmax", "RMSNormalization",
-      "SkipLayerNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"};
+  static const std::set<std::string> model = {"Attention",
+                                              "BiasGelu",
+                                              "FastGelu",
+                                              "FusedGemm",
+                                              "FusedMatMul",
+                                              "Gelu",
+                                              "Gemm",
+                                              "LayerNormalization",
+                                              "MatMul",
+                                              "MultiHeadAttention",
+                                              "Softmax",
+                                              "RMSNormalization",
+                                              "SkipLayerNormalization",
+                                              "SimplifiedLayerNormalization",
+                                              "SkipSimplifiedLayerNormalization"};
   std::set<std::string> elsewhere;
   for (const auto& subgraph : session.GetEpGraphAssignmentInfo())
     if (std::string(subgraph.GetEpName()) != provider_of(target))
@@ -83,7 +93,8 @@ void check_assignment(const Ort::Session& session, const Target& target) {
   std::string names;
   for (const std::string& name : elsewhere) names += (names.empty() ? "" : ", ") + name;
   throw MachineError("the target " + target.name + " runs the model on " + provider_of(target) + " or not at all",
-                     "ONNX Runtime has no kernel there for some " + names, "install a newer ONNX Runtime, or export with --fp16");
+                     "ONNX Runtime has no kernel there for some " + names,
+                     "install a newer ONNX Runtime, or export with --fp16");
 }
 #else
 void check_assignment(const Ort::Session&, const Target&) {}  // these headers cannot ask (before 1.24)
@@ -91,7 +102,8 @@ void check_assignment(const Ort::Session&, const Target&) {}  // these headers c
 
 // The graph's inputs or outputs against the contract's: names, types, ranks and fixed sizes.
 template <typename TypeOf>
-void check_tensors(const char* what, const std::vector<std::string>& names, const TypeOf& type_of, const std::vector<TensorSpec>& specs) {
+void check_tensors(const char* what, const std::vector<std::string>& names, const TypeOf& type_of,
+                   const std::vector<TensorSpec>& specs) {
   const auto refuse = [what](const std::string& received) {
     throw BundleError(std::string("the graph's ") + what + " are the contract's", received,
                       "copy the bundle again, or export it again");
@@ -127,7 +139,8 @@ class OrtBackend : public Backend {
     for (std::size_t i = 0; i < session_.GetOutputCount(); ++i)
       outputs.emplace_back(session_.GetOutputNameAllocated(i, strings).get());
     check_tensors("inputs", inputs, [this](std::size_t i) { return session_.GetInputTypeInfo(i); }, contract.inputs);
-    check_tensors("outputs", outputs, [this](std::size_t i) { return session_.GetOutputTypeInfo(i); }, contract.outputs);
+    check_tensors(
+        "outputs", outputs, [this](std::size_t i) { return session_.GetOutputTypeInfo(i); }, contract.outputs);
   }
 
   void run(const Inputs& inputs, const Outputs& outputs, const Sizes&, void* stream) override {

@@ -47,7 +47,8 @@ Axis read_axis(const Json& json, const Ranges& ranges, bool sums) {
   if (!name) return {"", axis_length(json, 1)};
   for (std::size_t start = 0; start <= name->size();) {
     const std::size_t end = std::min(sums ? name->find(" + ", start) : std::string::npos, name->size());
-    if (!ranges.count(name->substr(start, end - start))) throw Malformed{"the axis " + quote(*name) + " without a range"};
+    if (!ranges.count(name->substr(start, end - start)))
+      throw Malformed{"the axis " + quote(*name) + " without a range"};
     start = end + 3;
   }
   return {*name, 0};
@@ -74,7 +75,8 @@ std::vector<TensorSpec> read_specs(const Json& json, const char* name, const Ran
   for (const Json& entry : array_field(json, name)) {
     TensorSpec spec{text_field(entry, "name"), {}, read_dtype(text_field(entry, "dtype"))};
     for (const Json& axis : array_field(entry, "axes")) spec.axes.push_back(read_axis(axis, ranges, sums));
-    if (spec.axes.empty() || spec.axes.size() > MAX_RANK) throw Malformed{quote(spec.name) + " has no or too many axes"};
+    if (spec.axes.empty() || spec.axes.size() > MAX_RANK)
+      throw Malformed{quote(spec.name) + " has no or too many axes"};
     if (!names.insert(spec.name).second) throw Malformed{"the tensor " + quote(spec.name) + " twice"};
     check_bytes(spec, ranges);
     specs.push_back(std::move(spec));
@@ -96,7 +98,8 @@ void check_chain(const EngineRecord& engine, const Contract& contract) {
       if (!is_known(spec))
         throw Malformed{quote(segment.file) + " reads " + quote(spec.name) + ", which nothing before it writes so"};
     for (const TensorSpec& spec : segment.outputs)
-      if (!known.emplace(spec.name, spec).second) throw Malformed{quote(segment.file) + " writes " + quote(spec.name) + " again"};
+      if (!known.emplace(spec.name, spec).second)
+        throw Malformed{quote(segment.file) + " writes " + quote(spec.name) + " again"};
   }
   for (const TensorSpec& spec : contract.outputs)
     if (!is_known(spec)) throw Malformed{"no segment writes " + quote(spec.name) + " as the contract has it"};

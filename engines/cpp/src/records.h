@@ -23,11 +23,11 @@ struct SegmentRecord {
 
 // One graph, or a chain of engine files.
 struct EngineRecord {
-  std::string graph;                       // the ONNX file; what ONNX Runtime runs
-  std::string flavour, version;            // TensorRT's; empty of ONNX Runtime
-  std::vector<std::string> capabilities;   // "8.9"
-  std::vector<Ranges> profiles;            // the runtime takes the first that holds a call
-  std::vector<SegmentRecord> segments;     // in the order in which they run
+  std::string graph;                      // the ONNX file; what ONNX Runtime runs
+  std::string flavour, version;           // TensorRT's; empty of ONNX Runtime
+  std::vector<std::string> capabilities;  // "8.9"
+  std::vector<Ranges> profiles;           // the runtime takes the first that holds a call
+  std::vector<SegmentRecord> segments;    // in the order in which they run
 };
 
 // All throw Malformed.

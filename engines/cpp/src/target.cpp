@@ -26,7 +26,8 @@ std::string rtx_name(const std::string& name) {
     at = end + 1;
   }
   std::string ordered;
-  for (const int capability : capabilities) ordered += (ordered.empty() ? "rtx:sm" : "+sm") + std::to_string(capability);
+  for (const int capability : capabilities)
+    ordered += (ordered.empty() ? "rtx:sm" : "+sm") + std::to_string(capability);
   return ordered;
 }
 

@@ -93,7 +93,8 @@ void check_tensors(const trt::ICudaEngine& engine, const SegmentRecord& record) 
   for (const TensorSpec& spec : record.inputs) expected[spec.name] = {&spec, trt::TensorIOMode::kINPUT};
   for (const TensorSpec& spec : record.outputs) expected[spec.name] = {&spec, trt::TensorIOMode::kOUTPUT};
   const std::int32_t count = engine.getNbIOTensors();
-  if (count != static_cast<std::int32_t>(expected.size())) throw unlike_record(record, std::to_string(count) + " tensors");
+  if (count != static_cast<std::int32_t>(expected.size()))
+    throw unlike_record(record, std::to_string(count) + " tensors");
   for (std::int32_t i = 0; i < count; ++i) {
     const char* const name = engine.getIOTensorName(i);
     const auto found = expected.find(name);
@@ -130,7 +131,8 @@ class Context {
         // It writes as much as it says, whatever memory it is given.
         const Shape shape = shape_of(execution_->getTensorShape(spec.name.c_str()));
         if (shape != spec.shape(sizes))
-          throw unlike_record(*record_, spec.name + " is " + to_string(shape) + ", not " + to_string(spec.shape(sizes)));
+          throw unlike_record(*record_,
+                              spec.name + " is " + to_string(shape) + ", not " + to_string(spec.shape(sizes)));
       }
       sizes_ = sizes;
     }
@@ -220,8 +222,8 @@ class TensorRTBackend : public Backend {
 
   void load(const SegmentRecord& record, const std::filesystem::path& path, const BackendOptions& options) {
     const MappedFile file(path);
-    Segment segment{&record, std::unique_ptr<trt::ICudaEngine>(runtime_->deserializeCudaEngine(file.data(), file.size())),
-                    nullptr};
+    Segment segment{
+        &record, std::unique_ptr<trt::ICudaEngine>(runtime_->deserializeCudaEngine(file.data(), file.size())), nullptr};
     if (!segment.engine)
       throw MachineError(std::string(FLAVOUR) + " " + tensorrt_version() + " loads " + record.file,
                          quote(log_.last(), 600), "export the bundle again, on this machine");
@@ -241,7 +243,8 @@ class TensorRTBackend : public Backend {
       std::unique_ptr<trt::IExecutionContext> execution(segment.engine->createExecutionContext(segment.config.get()));
       if (!execution) throw failed(log_, "makes an execution context of " + segment.record->file);
       execution->setDeviceMemoryV2(workspace_.get(), workspace_bytes_);
-      if (!execution->setOptimizationProfileAsync(static_cast<std::int32_t>(profile), static_cast<cudaStream_t>(stream)))
+      if (!execution->setOptimizationProfileAsync(static_cast<std::int32_t>(profile),
+                                                  static_cast<cudaStream_t>(stream)))
         throw failed(log_, "selects profile " + std::to_string(profile) + " of " + segment.record->file);
       made.emplace_back(*segment.record, std::move(execution));
     }
@@ -275,7 +278,9 @@ class TensorRTBackend : public Backend {
   }
 
   static bool aligned(const void* data) { return reinterpret_cast<std::uintptr_t>(data) % ALIGNMENT == 0; }
-  static std::size_t bytes_of(const ConstTensor& tensor) { return element_count(tensor.shape) * item_size(tensor.dtype); }
+  static std::size_t bytes_of(const ConstTensor& tensor) {
+    return element_count(tensor.shape) * item_size(tensor.dtype);
+  }
 
   const EngineRecord record_;
   std::shared_ptr<Gpu> gpu_;

@@ -18,9 +18,9 @@ class WorkStream {
   explicit WorkStream(std::shared_ptr<Gpu> gpu)
       : gpu_(std::move(gpu)), own_(gpu_->make_stream()), caller_ready_(gpu_->make_event()), done_(gpu_->make_event()) {}
 
-  // Calls enqueue(stream). Calls of one engine share its memory for activations: each waits for the one before, whatever
-  // its stream. A handle does not name a stream: a destroyed stream's may be another's later, and CU_STREAM_PER_THREAD is
-  // another stream in each thread.
+  // Calls enqueue(stream). Calls of one engine share its memory for activations: each waits for the one before,
+  // whatever its stream. A handle does not name a stream: a destroyed stream's may be another's later, and
+  // CU_STREAM_PER_THREAD is another stream in each thread.
   template <typename Enqueue>
   void run(void* caller, const Enqueue& enqueue) {
     const bool is_default = reinterpret_cast<std::uintptr_t>(caller) <= 1;  // null, or CU_STREAM_LEGACY

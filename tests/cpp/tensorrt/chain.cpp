@@ -140,15 +140,15 @@ void run_all(const mmdit::Engine& engine) {
           engine.run(host, {{"sample", {mmdit::DType::float32, {2, 5, 4}, sample.data()}},
                             {"tap", {mmdit::DType::float32, {2, 5, 8}, tap.data()}}});
         }));
-  check("sizes that no profile holds together are refused", refuses<mmdit::ContractError>([&] {
-          Call(engine, 4, 5, 0).run(engine, one, false);
-        }));
+  check("sizes that no profile holds together are refused",
+        refuses<mmdit::ContractError>([&] { Call(engine, 4, 5, 0).run(engine, one, false); }));
   std::vector<std::thread> threads;
   std::vector<int> same(4);
   for (int t = 0; t < 4; ++t)
     threads.emplace_back([&, t] {
       Call call(engine, 2 + t % 2, t % 2 ? 40 : 5 + t, static_cast<std::size_t>(t) * 4);
-      for (int i = 0; i < 20; ++i) same[t] += call.run(engine, reinterpret_cast<void*>(std::uintptr_t(20 + t)), i % 3 == 0);
+      for (int i = 0; i < 20; ++i)
+        same[t] += call.run(engine, reinterpret_cast<void*>(std::uintptr_t(20 + t)), i % 3 == 0);
     });
   for (std::thread& thread : threads) thread.join();
   for (const int count : same) check("calls of four threads", count == 20);

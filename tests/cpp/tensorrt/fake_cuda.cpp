@@ -1,5 +1,5 @@
-// A CUDA driver over the host's memory: what is enqueued is done at once, what is freed is gone, and one of each sort may
-// be told to fail. At the end, what was not freed is printed.
+// A CUDA driver over the host's memory: what is enqueued is done at once, what is freed is gone, and one of each sort
+// may be told to fail. At the end, what was not freed is printed.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>

@@ -1,5 +1,6 @@
-// A TensorRT that computes `fake` (fake.h) of each segment, on the addresses and shapes that it is given: a wrong address,
-// one that was freed too early, or a shape that was not set gives wrong numbers or an error, as the real one would.
+// A TensorRT that computes `fake` (fake.h) of each segment, on the addresses and shapes that it is given: a wrong
+// address, one that was freed too early, or a shape that was not set gives wrong numbers or an error, as the real one
+// would.
 //
 // An "engine file" says its tensors in lines: in|out NAME AXIS…, all fp32. FAKE_TRT names what is to fail.
 #include <NvInferRuntime.h>
@@ -48,9 +49,7 @@ constexpr int WORKSPACE = 4096;
 
 class Context final : public IExecutionContext, public unused::VExecutionContext {
  public:
-  explicit Context(std::vector<Binding> const& bindings) : bindings_(bindings) {
-    mImpl = this;
-  }
+  explicit Context(std::vector<Binding> const& bindings) : bindings_(bindings) { mImpl = this; }
   void setDeviceMemoryV2(void* memory, int64_t size) noexcept override {
     workspace_ = memory;
     workspace_size_ = size;

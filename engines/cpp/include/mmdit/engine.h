@@ -42,8 +42,8 @@ struct Options {
 class Buffer;
 class Engine;
 
-// A schedule's conditioning, made once by Engine::condition: what each step reads of timestep, guidance and pooled text.
-// Only that engine takes it. Several threads may use it.
+// A schedule's conditioning, made once by Engine::condition: what each step reads of timestep, guidance and pooled
+// text. Only that engine takes it. Several threads may use it.
 class MMDIT_API Conditioning {
  public:
   std::size_t steps() const noexcept;
