@@ -6,6 +6,7 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -99,3 +100,11 @@ def test_tensorrt_rtx_is_missed_by_the_name_of_its_extra(
 def test_a_gpu_target_without_a_gpu(refuse: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
     refuse(3, ["--depth", "1", "--target", "ort-cuda"], "CUDAExecutionProvider", "--no-verify")
+
+
+@pytest.mark.usefixtures("tensorrt_rtx")
+def test_the_conditioning_of_a_model_in_two_parts_is_a_stage_of_its_own(run: Callable[..., Any]) -> None:
+    arguments = ("export", "--depth", "2", "--target", "rtx:sm89", "--no-verify", "--dry-run", "--json")
+    for more, conditioning in (((), []), (("--split-conditioning",), ["build rtx:sm89 conditioning"])):
+        names = [stage["name"] for stage in run(*arguments, *more).json["stages"]]
+        assert names == ["graph", "weights", "build rtx:sm89 (1 segment)", *conditioning]
