@@ -303,7 +303,7 @@ def test_others_whole_models(
     assert np.linalg.norm(mine - theirs) <= 1e-5 * np.linalg.norm(theirs)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.soak)])
 def test_our_own_graphs(
     family: str,
     precision: str,

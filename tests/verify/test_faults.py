@@ -28,7 +28,8 @@ def test_a_healthy_engine_passes(copy_of: Callable[[str], Any], precision: str) 
     assert binding == {"local", "output", "engine"}
 
 
-@pytest.mark.parametrize("compute", PRECISIONS)
+# bf16 is emulated, which takes twice as long.
+@pytest.mark.parametrize("compute", [pytest.param(p, marks=pytest.mark.soak) if p == "bf16" else p for p in PRECISIONS])
 def test_a_healthy_engine_of_each_family_passes(
     copy_of: Callable[..., Any], tiny_families: Mapping[str, ModelSpec], family: str, compute: str
 ) -> None:
