@@ -19,6 +19,7 @@ from mmdit_deploy.export.manifest import STANDARD, WEIGHTS, manifest_fields, wri
 from mmdit_deploy.export.parts import CONDITIONING, TRUNK, BuiltEngines, build_engines, write_parts
 from mmdit_deploy.export.planning import calibrates, check_calibration, plan_precision
 from mmdit_deploy.export.request import ExportRequest
+from mmdit_deploy.export.request_checks import check_request
 from mmdit_deploy.graph.pipeline import Graphs, build_graphs
 from mmdit_deploy.graph.split import SplitGraphs
 from mmdit_deploy.graph.trace import shared_traces
@@ -41,7 +42,7 @@ def preflight(request: ExportRequest) -> Plan:
     Raises:
         MMDiTError: what the request breaks, or this machine lacks.
     """
-    targets, contract = request.check()
+    targets, contract = check_request(request)
     check_calibration(request)
     check_destination(request.directory, force=request.force)
     plan = make_plan(
@@ -102,7 +103,7 @@ def export(request: ExportRequest, log: Log = lambda _: None, plan: Plan | None 
     """
     plan = plan or preflight(request)
     spec, precision = request.spec, request.precision
-    targets, contract = request.check()
+    targets, contract = check_request(request)
     if isinstance(request.source, RandomWeights):
         log(f"weights: {request.source.description} — no checkpoint was given")
     if request.leaves_attention:

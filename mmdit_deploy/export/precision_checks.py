@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from mmdit_deploy.errors import UsageError
+from mmdit_deploy.export.request import ExportRequest
 from mmdit_deploy.spec import QUANTIZED
-
-if TYPE_CHECKING:
-    from mmdit_deploy.export.request import ExportRequest
 
 
 def check_precision(request: ExportRequest) -> None:

@@ -1,4 +1,4 @@
-"""What is exported, and the checks that cost nothing."""
+"""What is exported, and what follows from that alone."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from mmdit_deploy.build import Target, check_targets
 from mmdit_deploy.checkpoint.weights import RandomWeights, WeightSource
 from mmdit_deploy.contract import Contract, Profile, Range
-from mmdit_deploy.errors import UsageError
-from mmdit_deploy.export.precision_checks import check_precision
 from mmdit_deploy.lora import Lora, LoraWeights
 from mmdit_deploy.precision import SCHEMES, PrecisionPlan, Scheme
 from mmdit_deploy.precision.recipe import QuantizationRecipe, fitted
@@ -124,36 +121,3 @@ class ExportRequest:
     def structure(self) -> PrecisionPlan:
         """The plan's tensors, before anything is calibrated."""
         return structure(self.spec, self.precision, self.quantizes)
-
-    def check(self) -> tuple[tuple[Target, ...], Contract]:
-        """The targets and the contract, after the checks that the request alone decides.
-
-        Raises:
-            UsageError: the request contradicts itself, or names something that does not exist.
-        """
-        blocks = self.spec.block_names
-        if len(set(self.outputs)) < len(self.outputs) or not set(self.outputs) <= set(blocks):
-            single = f", single_blocks.0 to {blocks[-1]}" if self.spec.single_depth else ""
-            raise UsageError(
-                f"outputs are named blocks.0 to blocks.{self.spec.depth - 1}{single}, each once",
-                received=", ".join(ascii(name) for name in self.outputs),
-                fix="name blocks of this model",
-            )
-        check_precision(self)
-        targets = check_targets(self.targets, self.precision, self.schemes)
-        if self.profiles and not any(target.flavour for target in targets):
-            raise UsageError(
-                "optimization profiles are TensorRT's",
-                received=f"--profile with {', '.join(target.name for target in targets)}",
-                fix="drop it, or add a TensorRT target, e.g. --target rtx:sm89",
-            )
-        if self.segments is not None and (self.graph_only or not any(target.flavour for target in targets)):
-            without = "--graph-only" if self.graph_only else ", ".join(target.name for target in targets)
-            fix = "one of them" if self.graph_only else "it, or add a TensorRT target, e.g. --target rtx:sm89"
-            raise UsageError(
-                "segments are what a TensorRT engine is cut into",
-                received=f"--segments {self.segments} with {without}",
-                fix=f"drop {fix}",
-            )
-        contract = Contract.of(self.spec, self.precision, self.ranges, outputs=self.outputs, profiles=self.profiles)
-        return targets, contract
