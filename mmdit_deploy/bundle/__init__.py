@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from mmdit_deploy.bundle.files import FileRecord, graph_file
-from mmdit_deploy.bundle.manifest import FORMAT, Manifest, read_manifest, write_manifest
+from mmdit_deploy.bundle.manifest import Manifest, read_manifest, write_manifest
 from mmdit_deploy.bundle.opening import Bundle, open_bundle
 from mmdit_deploy.bundle.writer import check_destination, staged_bundle
 
 __all__ = [
-    "FORMAT",
     "Bundle",
     "FileRecord",
     "Manifest",

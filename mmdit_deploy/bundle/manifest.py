@@ -19,7 +19,8 @@ from mmdit_deploy.bundle.files import FileRecord, hash_files, list_files
 from mmdit_deploy.errors import BundleError, CheckpointError
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+# A split model's engines take the modulation table: who knows format 1 only would take its trunk for the whole.
+WHOLE, SPLIT = 1, 2
 _MAX_BYTES = 16 * 10**6
 _RESERVED = ("format", "files")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -99,7 +100,7 @@ def write_manifest(
             )
     known |= hash_files(directory, [name for name in sizes if name not in known])
     files = {name: known[name]._asdict() for name in sorted(known)}
-    document = {"format": FORMAT, **fields, "files": files}
+    document = {"format": _format_of(fields), **fields, "files": files}
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_whole(directory / MANIFEST, text)
     return read_manifest(directory)
@@ -115,8 +116,8 @@ def read_manifest(directory: Path) -> Manifest:
         The manifest.
 
     Raises:
-        BundleError: there is none, or it is too large, not JSON, of an unknown format, or lists something
-            other than relative paths with a size and a SHA-256 each.
+        BundleError: there is none, or it is too large, not JSON, of an unknown format or one for other bundles, or
+            lists something other than relative paths with a size and a SHA-256 each.
     """
     # imported here, because the package of the checkpoints imports torch, and writing needs none of it
     from mmdit_deploy.checkpoint.strict_json import parse_json_object
@@ -127,16 +128,26 @@ def read_manifest(directory: Path) -> Manifest:
     except CheckpointError as error:
         raise BundleError(error.rule, received=error.received, fix=error.fix) from error
     version = document.pop("format", None)
-    if type(version) is not int or version != FORMAT:  # True and 1.0 equal 1, and we write neither
+    if type(version) is not int or version not in (WHOLE, SPLIT):  # True and 1.0 equal 1, and we write neither
         raise BundleError(
-            f"{path} must have format {FORMAT}, the one that this version reads",
+            f"{path} must have format {WHOLE} or {SPLIT}, which this version reads",
             received=f"format {ascii(version)[:80]}",
             fix="use the version of mmdit-deploy that wrote the bundle, or export it again with this one",
+        )
+    if version != _format_of(document):
+        raise BundleError(
+            f"{path} has format {SPLIT} if the model is split, and else {WHOLE}",
+            received=f"format {version} {'without' if version == SPLIT else 'with'} a split",
+            fix=_REMEDY,
         )
     files = document.pop("files", None)
     if not isinstance(files, dict):
         raise _malformed(path, f"files is {'missing' if files is None else 'not an object'}")
     return Manifest(document, {name: _record(path, name, entry) for name, entry in files.items()})
+
+
+def _format_of(fields: Mapping[str, Any]) -> int:
+    return WHOLE if fields.get("split") is None else SPLIT
 
 
 def _read_limited(path: Path) -> bytes:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mmdit_deploy.bundle import FORMAT, FileRecord, manifest, read_manifest, write_manifest
+from mmdit_deploy.bundle import FileRecord, manifest, read_manifest, write_manifest
 from mmdit_deploy.errors import BundleError
 
 DIGEST = "0" * 64
@@ -28,7 +28,7 @@ def test_it_lists_every_file_with_size_and_digest(tmp_path: Path) -> None:
     written = write_manifest(tmp_path, {"name": "mini", "seed": 0, "shape": (1, 2)})
     document = json.loads((tmp_path / "manifest.json").read_text("utf-8"))
     assert list(document) == ["format", "name", "seed", "shape", "files"]
-    assert document["format"] == FORMAT
+    assert document["format"] == 1
     assert document["files"] == {
         "engines/ort-cpu/é.ort": {"size": 6, "sha256": _digest(b"engine")},
         "model.onnx": {"size": 0, "sha256": _digest(b"")},
@@ -37,6 +37,14 @@ def test_it_lists_every_file_with_size_and_digest(tmp_path: Path) -> None:
     assert written.fields == {"name": "mini", "seed": 0, "shape": [1, 2]}
     assert written.files["model.onnx"] == FileRecord(0, _digest(b""))
     assert sorted(os.listdir(tmp_path)) == ["engines", "manifest.json", "model.onnx"]
+
+
+def test_a_split_model_has_a_format_of_its_own(tmp_path: Path) -> None:
+    """Who reads format 1 alone would take the trunk's engine for the whole one."""
+    for split, number in (({"trunk": {}}, 2), (None, 1)):
+        written = write_manifest(tmp_path, {"split": split})
+        assert json.loads((tmp_path / "manifest.json").read_text())["format"] == number
+        assert written.fields == {"split": split}
 
 
 def test_the_same_content_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -112,7 +120,10 @@ def _files(name: str = "a", **changes: Any) -> bytes:
         (_document()[:-1], "not JSON"),
         (b'{"format": 1, "files": {}, "format": 1}', "repeated key 'format'"),
         (b'{"format": 1, "files": {"a": 1, "a": 1}}', "repeated key 'a'"),
-        (_document(format=2), "format 2"),
+        (_document(format=3), "format 3"),
+        (_document(format=2), "format 2 without a split"),
+        (_document(format=2, split=None), "format 2 without a split"),
+        (_document(split={}), "format 1 with a split"),
         (_document(format=True), "format True"),
         (_document(format="1"), "format '1'"),
         (b'{"files": {}}', "format None"),

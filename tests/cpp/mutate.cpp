@@ -2,7 +2,8 @@
 //
 //     mutate BUNDLE NPY COUNT SEED
 //
-// Each must give an engine, or an mmdit::Error: anything else ends the process. Prints how many of which there were.
+// Each must give an engine, or an mmdit::Error: anything else ends the process. Prints how many of which there were,
+// and how many BundleErrors were about the record of an engine.
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
@@ -10,6 +11,7 @@
 #include <map>
 #include <random>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "mmdit/engine.h"
@@ -52,6 +54,10 @@ const std::vector<std::string> TOKENS = {"{",
                                          "\"size\"",
                                          "\"split\": {}, ",
                                          "\"engines\": {}, ",
+                                         "\"segments\": [], ",
+                                         "\"profiles\": [{}], ",
+                                         "\"TensorRT\"",
+                                         "\"hidden_states\"",
                                          "(",
                                          ")",
                                          "'descr': '<f4', ",
@@ -59,22 +65,36 @@ const std::vector<std::string> TOKENS = {"{",
                                          "<f8",
                                          "99999999999"};
 // Where a manifest says what the runtime believes.
-const std::vector<std::string> ANCHORS = {"\"contract\"",   "\"engines\"", "\"files\"",  "\"split\"",
-                                          "\"ranges\"",     "\"format\"",  "\"inputs\"", "\"sha256\"",
-                                          "\"time_scale\"", "'shape'",     "\x93NUMPY"};
+const std::vector<std::string> ANCHORS = {
+    "\"contract\"",   "\"engines\"", "\"files\"",        "\"split\"",    "\"ranges\"",   "\"format\"",
+    "\"inputs\"",     "\"outputs\"", "\"sha256\"",       "\"rtx:sm89\"", "\"profiles\"", "\"segments\"",
+    "\"time_scale\"", "\"flavour\"", "\"conditioning\"", "'shape'",      "\x93NUMPY"};
+// What a program asks for: mostly whatever runs.
+const std::vector<std::string> TARGETS = {"auto", "auto", "ort-cpu", "rtx:sm89"};
 
 std::size_t place(const std::string& text, Random& random) {
   if (random() % 4) {
-    const std::size_t anchor = text.find(ANCHORS[random() % ANCHORS.size()]);
+    const std::string& wanted = ANCHORS[random() % ANCHORS.size()];
+    std::size_t anchor = text.find(wanted, random() % text.size());
+    if (anchor == std::string::npos) anchor = text.find(wanted);
     if (anchor != std::string::npos) return std::min(anchor + random() % 400, text.size() - 1);
   }
   return random() % text.size();
 }
 
+// Where the JSON string that begins at a place or after it lies, with its quotes; nothing where there is none.
+std::string_view string_after(std::string_view text, std::size_t at) {
+  std::size_t begin = text.find('"', at);
+  while (begin != text.npos && text.find_first_of(",:]}", begin) == begin + 1)
+    begin = text.find('"', begin + 1);  // an end
+  const std::size_t end = begin == text.npos ? text.npos : text.find('"', begin + 1);
+  return end == text.npos ? std::string_view() : text.substr(begin, end + 1 - begin);
+}
+
 std::string mutated(std::string text, Random& random) {
   for (std::size_t changes = 1 + random() % 4; changes && !text.empty(); --changes) {
     const std::size_t at = place(text, random), length = std::min<std::size_t>(random() % 40, text.size() - at);
-    switch (random() % 7) {
+    switch (random() % 10) {
       case 0:
         text[at] = static_cast<char>(text[at] ^ 1 << random() % 8);
         break;
@@ -94,8 +114,13 @@ std::string mutated(std::string text, Random& random) {
         if (const std::size_t digit = text.find_first_of("0123456789", at); digit != std::string::npos)
           text[digit] = static_cast<char>('0' + random() % 10);
         break;
-      default:
+      case 6:
         if (random() % 8 == 0) text.resize(at);
+        break;
+      default: {  // a string becomes another, so that it is still JSON
+        const std::string_view old = string_after(text, at), other = string_after(text, place(text, random));
+        if (!old.empty() && !other.empty()) text.replace(old.data() - text.data(), old.size(), std::string(other));
+      }
     }
   }
   return text;
@@ -120,12 +145,15 @@ void run(const mmdit::Engine& engine) {
   engine.run(inputs, outputs);
 }
 
+int records = 0;  // BundleErrors about one
+
 template <typename Function>
 std::string outcome(const Function& function) {
   try {
     function();
     return "well";
-  } catch (const mmdit::BundleError&) {
+  } catch (const mmdit::BundleError& error) {
+    records += error.received().rfind("'rtx:sm89'", 0) == 0;
     return "BundleError";
   } catch (const mmdit::ContractError&) {
     return "ContractError";
@@ -149,10 +177,12 @@ int main(int argc, char** argv) {
   std::map<std::string, int> manifests, headers;
   for (int i = 0; i < count; ++i) {
     std::ofstream(bundle + "/manifest.json", std::ios::binary) << mutated(manifest, random);
+    options.target = TARGETS[random() % TARGETS.size()];
     ++manifests[outcome([&] { run(mmdit::Engine::load(bundle, options)); })];
     ++headers[outcome([&] { npy::parse(mutated(array, random), "array"); })];
   }
   std::ofstream(bundle + "/manifest.json", std::ios::binary) << manifest;
   for (const auto& [what, times] : manifests) std::printf("manifest %s %d\n", what.c_str(), times);
+  std::printf("record BundleError %d\n", records);
   for (const auto& [what, times] : headers) std::printf("npy %s %d\n", what.c_str(), times);
 }

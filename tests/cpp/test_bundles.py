@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mmdit_deploy.build.records import EngineRecord, SegmentRecord
 from mmdit_deploy.bundle import open_bundle
+from mmdit_deploy.contract import TensorSpec, profile_from_json
 from mmdit_deploy.errors import BundleError
 
 Document = dict[str, Any]
@@ -55,8 +57,10 @@ def _set(*path: Any) -> Callable[[Document], None]:
 
 SHA = "0" * 64
 MANIFESTS = {
-    "another format": (_set("format", 2), "must have format 1"),
-    "a format that equals 1": (_set("format", True), "must have format 1"),
+    "another format": (_set("format", 3), "must have format 1 or 2, the ones that this version reads"),
+    "a format that equals 1": (_set("format", True), "must have format 1 or 2"),
+    "a whole model in the format of a split one": (_set("format", 2), "format 2 without a split"),
+    "a split model in the format of a whole one": (_set("split", {}), "format 1 with a split"),
     "no files": (_set("files", ...), "files is missing"),
     "a way out": (_set("files", "../x", {"size": 1, "sha256": SHA}), "a path with an empty part, . or .."),
     "an absolute path": (_set("files", "/etc/passwd", {"size": 1, "sha256": SHA}), "an absolute path"),
@@ -173,20 +177,75 @@ def test_a_seed_beyond_64_bits_is_one(sanitized: Path, bundle: Path) -> None:
     assert "noise.npy" in refused(sanitized, bundle)  # it was loaded: the inputs come next
 
 
-def test_a_build_without_tensorrt_says_so_and_auto_takes_another_engine(sanitized: Path, bundle: Path) -> None:
-    def add(document: Document) -> None:
-        contract = document["contract"]
-        segment = {"file": "model.onnx", "inputs": contract["inputs"], "outputs": contract["outputs"]}
-        built = {"flavour": "TensorRT-RTX", "version": "1.7.1.116", "capabilities": ["8.9"]}
-        engine = {"graph": "model.onnx", **built, "profiles": contract["profiles"], "segments": [segment]}
-        document["engines"] = {"rtx:sm89": engine, **document["engines"]}
+def _tensorrt_engine(contract: Document) -> Document:
+    """The record of an engine in two segments that reads and writes what a contract says."""
+    inputs, outputs = ([TensorSpec.from_json(t) for t in contract[names]] for names in ("inputs", "outputs"))
+    between = TensorSpec("between", outputs[0].axes, outputs[0].dtype)
 
-    rewrite(bundle, add)
+    def segment(index: int, reads: list[TensorSpec], writes: list[TensorSpec]) -> SegmentRecord:
+        return SegmentRecord(f"engines/{index}.engine", 9, (f"{index}",), tuple(reads), tuple(writes), {}, {}, {}, 1.0)
+
+    return {
+        "graph": "model.onnx",
+        **EngineRecord(
+            "rtx:sm89",
+            "TensorRT-RTX",
+            "1.7.1.116",
+            ("8.9",),
+            "strongly typed",
+            "fused",
+            tuple(profile_from_json(p) for p in contract["profiles"]),
+            (segment(0, inputs, [between]), segment(1, [between, *inputs], outputs)),
+        ).to_json(),
+    }
+
+
+def add_tensorrt(document: Document) -> None:
+    """Adds an engine for TensorRT-RTX, of which there is the record alone, before the others."""
+    split = document["split"]
+    engine = _tensorrt_engine(document["contract"] if split is None else split["trunk"])
+    if split is not None:
+        engine["conditioning"] = _tensorrt_engine(split["conditioning"])
+    document["engines"] = {"rtx:sm89": engine, **document["engines"]}
+
+
+def test_a_build_without_tensorrt_says_so_and_auto_takes_another_engine(sanitized: Path, bundle: Path) -> None:
+    rewrite(bundle, add_tensorrt)
     said = refused(sanitized, bundle, "--target", "rtx:sm89", status=3)
     assert "this build of the library has no TensorRT back end" in said
     assert "noise.npy" in refused(sanitized, bundle)  # ort-cpu was loaded: the inputs come next
-    rewrite(bundle, _set("engines", "rtx:sm89", "segments", 0, "inputs", 0, "axes", 2, 5))
-    assert "which nothing before it writes so" in refused(sanitized, bundle, "--target", "rtx:sm89")
+
+
+RECORDS = {
+    "no version": (_set("version", ...), "no version"),
+    "another flavour": (_set("flavour", "TensorRT"), "an engine of 'TensorRT'"),
+    "a capability that is no text": (_set("capabilities", [8.9]), "the capability 8.9"),
+    "no profiles": (_set("profiles", []), "no profiles or no segments"),
+    "no segments": (_set("segments", []), "no profiles or no segments"),
+    "a profile of other axes": (_set("profiles", 0, {"steps": [1, 1, 1]}), "a profile without a range for 'batch'"),
+    "a tensor of another shape": (_set("segments", 0, "inputs", 0, "axes", 0, 5), "which nothing before it writes so"),
+    "a tensor that is written twice": (lambda e: e["segments"].append(e["segments"][0]), "again"),
+    "no last segment": (lambda e: e["segments"].pop(), "no segment writes"),
+}
+
+
+@pytest.mark.parametrize("part", ["whole", "trunk", "conditioning"])
+@pytest.mark.parametrize("case", RECORDS)
+def test_a_broken_record_of_an_engine_is_refused(
+    sanitized: Path, bundle_of: Callable[..., Path], tmp_path: Path, case: str, part: str
+) -> None:
+    change, said = RECORDS[case]
+    bundle = Path(shutil.copytree(bundle_of(split=part != "whole"), tmp_path / "bundle"))
+    rewrite(bundle, add_tensorrt)
+
+    def change_part(document: Document) -> None:
+        engine = document["engines"]["rtx:sm89"]
+        change(engine["conditioning"] if part == "conditioning" else engine)
+
+    rewrite(bundle, change_part)
+    received = refused(sanitized, bundle, "--verify", "never").splitlines()[1]
+    of = "'rtx:sm89' (conditioning): " if part == "conditioning" else "'rtx:sm89': "
+    assert received.startswith(f"  received: {of}") and said in received
 
 
 ARRAYS = {
@@ -210,7 +269,11 @@ def test_an_array_of_fewer_bytes_than_its_shape_is_refused(sanitized: Path, bund
     assert "shape [2, 20, 16] in 2559 bytes" in refused(sanitized, bundle, "--verify", "never")
 
 
-def test_mutated_manifests_and_headers_give_typed_errors(sanitized: Path, bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+def test_mutated_manifests_and_headers_give_typed_errors(
+    sanitized: Path, bundle_of: Callable[..., Path], tmp_path: Path, split: bool
+) -> None:
+    bundle = Path(shutil.copytree(bundle_of(split=split), tmp_path / "bundle"))
     _mutate(sanitized, bundle, tmp_path, count=150)
 
 
@@ -224,6 +287,7 @@ def test_ten_thousand_mutated_manifests_and_headers_give_typed_errors(
 
 
 def _mutate(sanitized: Path, bundle: Path, folder: Path, count: int) -> None:
+    rewrite(bundle, add_tensorrt)
     np.save(folder / "array.npy", np.zeros((2, 3, 4), np.float32))
     command = [sanitized / "tests/mutate", bundle, folder / "array.npy", str(count), "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -236,3 +300,4 @@ def _mutate(sanitized: Path, bundle: Path, folder: Path, count: int) -> None:
         assert sum(times for (of, _), times in outcomes.items() if of == kind) == count
         assert outcomes[kind, error] > count // 2  # what was changed was looked at
         assert outcomes[kind, "well"] > 0
+    assert outcomes["record", "BundleError"] > count // 50

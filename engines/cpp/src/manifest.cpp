@@ -8,7 +8,8 @@
 namespace mmdit {
 namespace {
 
-constexpr std::int64_t FORMAT = 1;
+// A split model's engines take the modulation table: who knows format 1 only would take its trunk for the whole.
+constexpr std::int64_t WHOLE = 1, SPLIT = 2;
 constexpr std::size_t MAX_BYTES = 16000000;
 const char* const REMEDY = "copy the bundle again, or export it again";
 
@@ -78,10 +79,15 @@ Manifest parse_manifest(std::string_view text, const std::string& path) {
   Manifest manifest{parse_json_object(text, path, REMEDY), {}, sha256(text)};
   const Json* format = manifest.document.find("format");
   const auto* version = format ? format->as<std::int64_t>() : nullptr;
-  if (!version || *version != FORMAT)
-    throw BundleError(path + " must have format " + std::to_string(FORMAT) + ", the one that this version reads",
+  if (!version || (*version != WHOLE && *version != SPLIT))
+    throw BundleError(path + " must have format 1 or 2, the ones that this version reads",
                       "format " + (format ? shown(*format) : "missing"),
                       "use the version of mmdit-deploy that wrote the bundle, or export it again");
+  const Json* split = manifest.document.find("split");
+  const bool is_split = split && !split->is_null();
+  if (*version != (is_split ? SPLIT : WHOLE))
+    throw BundleError(path + " has format 2 if the model is split, and else 1",
+                      "format " + shown(*format) + (is_split ? " with" : " without") + " a split", REMEDY);
   const Json* files = manifest.document.find("files");
   const auto* entries = files ? files->as<Json::Object>() : nullptr;
   if (!entries) throw malformed(path, std::string("files is ") + (files ? "not an object" : "missing"));

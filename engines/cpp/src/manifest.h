@@ -24,8 +24,8 @@ struct Manifest {
   std::string sha256;                       // of the manifest itself
 };
 
-// Throws BundleError: there is none, or it is too large, no JSON, of another format, or lists something other than
-// relative portable paths with a size and a SHA-256 each.
+// Throws BundleError: there is none, or it is too large, no JSON, of an unknown format or one for other bundles, or
+// lists something other than relative portable paths with a size and a SHA-256 each.
 Manifest read_manifest(const std::filesystem::path& directory);
 // The same of text that was read; `path` names it in messages.
 Manifest parse_manifest(std::string_view text, const std::string& path);
