@@ -8,7 +8,8 @@
   256, 1024 and 4096 image tokens and 77 of text, batch 1. Rivals in one process, interleaved: the model in one
   part; in two, with the modulation made before, as in a loop; in two with all inputs, so that it is made in the step;
   and the modulation of 28 steps in one call. A schedule of 28 steps is that and 28 steps. The ratio is the median over
-  rounds of the ratio to the model in one part in the same round.
+  rounds (at 4096 tokens, a third of them) of the ratio to the model in one part in the same round. Two parts win
+  everywhere if each of a step, a schedule and a call with all inputs is faster.
 - memory: RssAnon of a process in its loop, after two steps: in one part, in two, and in two with the conditioning
   released.
 - tensorrt: engines for SM89, built and not run, at the presets' real width in fp16, 4 blocks of SD3-Medium and 1 + 2 of
@@ -127,7 +128,7 @@ def _time(folder: Path, rounds: int) -> dict[str, Any]:
                     inputs = case_inputs(Case(batch, side, side, TXT_TOKENS, 500.0), one.contract, spec)
                     few = rounds if side < SIDES[-1] else max(3, rounds // 3)
                     figures = _figures(interleaved(_rivals(one, two, inputs), few))
-                    worst = max(worst, figures["ratios"][LOOP], figures["schedule_ratio"])
+                    worst = max(worst, *figures["ratios"].values(), figures["schedule_ratio"])
                     what = f"{name}, batch {batch}, {side * side} + {TXT_TOKENS} tokens"
                     made[what] = figures
                     print(
@@ -136,7 +137,7 @@ def _time(folder: Path, rounds: int) -> dict[str, Any]:
                         f"{STEPS} steps × {figures['schedule_ratio']:.3f}"
                     )
     outcome = "wins everywhere" if worst < 1 else "does not win everywhere"
-    print(f"the worst ratio of a step or a schedule: {worst:.3f}; in two parts {outcome}")
+    print(f"the worst ratio of a step, a schedule or a call with all inputs: {worst:.3f}; in two parts {outcome}")
     return {"cases": made, "worst_ratio": worst, "wins_everywhere": worst < 1}
 
 

@@ -250,7 +250,7 @@ def _open(
 ) -> Runner:
     if target.flavour is None:
         graph = engine_graph(bundle, target.name, conditioning=conditioning)
-        return open_runner(target, [graph], device=device, cuda_graphs=cuda_graphs)
+        return open_runner(target, [graph], device=device, cuda_graphs=cuda_graphs, in_turn=bundle.split is not None)
     record, files = engine_files(bundle, target.name, conditioning=conditioning)
     fields = bundle.manifest.fields
     built_from = [{**fields["spec"], "name": ""}, fields["precision"], fields["contract"]]

@@ -95,6 +95,7 @@ def open_session(
     *,
     weights_folder: Path | None = None,
     device: torch.device | None = None,
+    in_turn: bool = False,
 ) -> onnxruntime.InferenceSession:
     """A session on the target's execution provider, and on no other.
 
@@ -103,6 +104,9 @@ def open_session(
         target: ``ort-cpu`` or ``ort-cuda``.
         weights_folder: where a graph given as bytes finds its weights file.
         device: the GPU; by default torch's current one.
+        in_turn: another session's runs come between this one's. Its threads then leave the cores when a run is over;
+            otherwise they spin for a while, which makes the next run of this one a little shorter, and the other's
+            much longer (calls with all inputs in bench/split_conditioning.py).
 
     Raises:
         MissingPackageError: onnxruntime is not installed.
@@ -117,6 +121,8 @@ def open_session(
     # Q/DQ are to be computed as they are written: what ONNX Runtime makes of them on CPU fails to load with FP8, and
     # for INT4 weights rounds the input to INT8, which nobody planned.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if in_turn:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     if weights_folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights_folder))
     provider_options: dict[str, str] = {}
@@ -248,16 +254,19 @@ class OrtRunner:
     Args:
         graph: the file, beside its weights.
         device: of the target's kind; by default torch's current one.
+        in_turn: as for `open_session`.
 
     Raises:
         MissingPackageError, MachineError: as `open_session` does.
     """
 
-    def __init__(self, graph: Path, target: Target, device: torch.device | None = None):
+    def __init__(self, graph: Path, target: Target, device: torch.device | None = None, *, in_turn: bool = False):
         check_provider(target)
         # As tensors name it: a GPU with its number, the CPU without ("cpu:0" equals no tensor's device).
         self._device = gpu(device) if target.device == "cuda" else torch.device("cpu")
-        self._session: onnxruntime.InferenceSession | None = open_session(graph, target.name, device=self._device)
+        self._session: onnxruntime.InferenceSession | None = open_session(
+            graph, target.name, device=self._device, in_turn=in_turn
+        )
         self._target = target.name
 
     @property

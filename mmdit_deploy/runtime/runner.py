@@ -47,6 +47,7 @@ def open_runner(
     cuda_graphs: bool = False,
     cache: Path | None = None,
     specialize: str = "lazy",
+    in_turn: bool = False,
 ) -> Runner:
     """Load an engine.
 
@@ -55,6 +56,7 @@ def open_runner(
         record: what was built, for TensorRT.
         device: of the target's kind; by default torch's current one.
         cuda_graphs, cache, specialize: of `TensorRTEngine`.
+        in_turn: another engine's runs come between this one's, as those of a model's two parts do.
 
     Raises:
         UsageError: CUDA graphs of a target that has none.
@@ -67,4 +69,4 @@ def open_runner(
         raise UsageError(
             "CUDA graphs are for TensorRT targets", received=target.name, fix="drop it, or name a TensorRT target"
         )
-    return OrtRunner(files[0], target, device)
+    return OrtRunner(files[0], target, device, in_turn=in_turn)

@@ -38,8 +38,8 @@ class Loadable:
     record: EngineRecord | None = None
 
     def open(self, target: Target) -> Runner:
-        """Load it, on the target's current device."""
-        return open_runner(target, self.files, self.record)
+        """Load it, on the target's current device, beside the other part."""
+        return open_runner(target, self.files, self.record, in_turn=True)
 
 
 @dataclass(frozen=True)

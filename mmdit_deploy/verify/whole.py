@@ -33,7 +33,7 @@ class WholeEngine:
 
     def __init__(self, engine: EngineUnderTest):
         self._contract = engine.contract
-        self._runner = open_runner(engine.target, engine.files, engine.record)
+        self._runner = open_runner(engine.target, engine.files, engine.record, in_turn=engine.parts is not None)
         self._conditioner: Conditioner = InOnePiece(engine.contract)
         self._in_two = engine.parts is not None
         if engine.parts is not None:

@@ -28,6 +28,7 @@ struct BackendOptions {
   int threads = 0;
   Specialize specialize = Specialize::lazy;
   std::filesystem::path runtime_cache;
+  bool in_turn = false;  // another engine's runs come between this one's
 };
 
 // Whether the runtime is there, and has the target's device: throws MachineError if not. Nothing is deserialized.

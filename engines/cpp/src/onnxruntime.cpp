@@ -58,6 +58,8 @@ Ort::SessionOptions session_options(const BackendOptions& wanted) {
   // for INT4 weights rounds the input to INT8, which nobody planned.
   options.AddConfigEntry("session.disable_quant_qdq", "1");
   if (wanted.threads > 0) options.SetIntraOpNumThreads(wanted.threads);
+  // Its threads leave the cores when a run is over: spinning, they would make the other's run longer.
+  if (wanted.in_turn) options.AddConfigEntry("session.force_spinning_stop", "1");
   if (wanted.gpu) {
     options.AddConfigEntry("session.record_ep_graph_assignment_info", "1");
     add_cuda(options, wanted.gpu->index());
