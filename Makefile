@@ -10,6 +10,7 @@ help:
 	@echo 'make test     set up, then check style, layers and types, and run the whole test suite'
 	@echo 'make lint     set up, then check style, layers and types'
 	@echo 'make cpp      set up, then build the C++ runtime in dist/cpp, where there is a compiler'
+	@echo 'make cpp-tensorrt TENSORRT_INCLUDE_DIR=… CUDA_INCLUDE_DIR=…   then test its TensorRT back end on fakes'
 	@echo 'make soak     set up, then run the long tests; the result goes to bench/results/soak.txt'
 	@echo 'make setup    make .venv; does nothing when it is up to date, repairs it when it is broken'
 	@echo 'make clean    remove .venv and the caches; dist/ stays'
@@ -83,6 +84,16 @@ cpp-builds: cpp-headers
 	        && cmake --build $(CPP)/$$build -j $(CPP_JOBS) || exit 1; \
 	done
 
+# The TensorRT back end, built from NVIDIA's headers, on a TensorRT and a GPU that are not there. The folders are named on
+# the command line or in the environment.
+cpp-tensorrt:
+	@if [ ! -e "$(TENSORRT_INCLUDE_DIR)/NvInferRuntime.h" ] || [ ! -e "$(CUDA_INCLUDE_DIR)/cuda_runtime_api.h" ]; then \
+	    echo 'TENSORRT_INCLUDE_DIR=… names the folder of NvInferRuntime.h (include of github.com/NVIDIA/TensorRT), and' >&2; \
+	    echo 'CUDA_INCLUDE_DIR=… that of cuda_runtime_api.h (include of the CUDA toolkit).' >&2; exit 2; fi
+	@$(MAKE) cpp
+	TENSORRT_INCLUDE_DIR="$(TENSORRT_INCLUDE_DIR)" CUDA_INCLUDE_DIR="$(CUDA_INCLUDE_DIR)" \
+	    $(BIN)/python -m pytest -m 'soak or not soak' tests/cpp/test_tensorrt.py
+
 # A file of tests is one process's work: its tests share what they export. One thread each, for there are more files than
 # cores.
 test: lint cpp
@@ -95,4 +106,4 @@ soak: cpp
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis
 
-.PHONY: help setup export lint cpp cpp-headers cpp-builds test soak clean
+.PHONY: help setup export lint cpp cpp-headers cpp-builds cpp-tensorrt test soak clean

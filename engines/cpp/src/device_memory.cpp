@@ -18,6 +18,11 @@ std::shared_ptr<void> device_memory(const std::shared_ptr<Gpu>& gpu, std::size_t
   return {memory, std::free};
 }
 
+std::shared_ptr<void> device_memory_on(const std::shared_ptr<Gpu>& gpu, std::size_t bytes, void* stream) {
+  if (!gpu) return device_memory(gpu, bytes);
+  return {gpu->allocate_on(bytes, stream), [gpu, stream](void* memory) { gpu->free_on(memory, stream); }};
+}
+
 void copy_on_device(const std::shared_ptr<Gpu>& gpu, void* to, const void* from, std::size_t bytes, void* stream) {
   if (gpu) {
     gpu->copy(to, from, bytes, stream);

@@ -43,17 +43,20 @@ void check_device(const Gpu* gpu, const std::string& target, const Tensors& tens
 }  // namespace
 
 struct Conditioning::Table {
+  enum class Life { schedule, call };  // of one call: its memory comes and goes in the order of the stream's work
+  Life life = Life::schedule;
   std::vector<Inputs> steps;                  // what each reads in the place of the conditioning inputs
   std::vector<std::shared_ptr<void>> memory;  // that they point into
   std::shared_ptr<const char> of;             // the key of the engine that made it
 
-  char* allocate(const std::shared_ptr<Gpu>& gpu, std::size_t bytes) {
-    return static_cast<char*>(memory.emplace_back(device_memory(gpu, bytes)).get());
+  char* allocate(const std::shared_ptr<Gpu>& gpu, std::size_t bytes, void* stream) {
+    memory.push_back(life == Life::call ? device_memory_on(gpu, bytes, stream) : device_memory(gpu, bytes));
+    return static_cast<char*>(memory.back().get());
   }
   // A tensor so many times, one after another.
   char* copies(const std::shared_ptr<Gpu>& gpu, const ConstTensor& tensor, std::size_t times, void* stream) {
     const std::size_t bytes = bytes_of(tensor);
-    char* const start = allocate(gpu, bytes * times);
+    char* const start = allocate(gpu, bytes * times, stream);
     for (std::size_t i = 0; i < times; ++i) copy_on_device(gpu, start + i * bytes, tensor.data, bytes, stream);
     return start;
   }
@@ -79,13 +82,15 @@ struct Engine::State {
 
   Conditioning::Table tabulate(const Inputs& inputs, const Sizes& sizes, void* stream) const;
   Conditioning::Table tabulate_rows(const Inputs& inputs, std::int64_t steps, void* stream) const;
-  Conditioning::Table tabulate_split(const Inputs& inputs, std::int64_t steps, std::int64_t batch, void* stream) const;
+  Conditioning::Table tabulate_split(const Inputs& inputs, std::int64_t steps, std::int64_t batch, void* stream,
+                                     Conditioning::Table::Life life) const;
 };
 
 Conditioning::Table Engine::State::tabulate(const Inputs& inputs, const Sizes& sizes, void* stream) const {
   const std::int64_t steps = sizes.at("steps");
   Conditioning::Table table =
-      bundle->split ? tabulate_split(inputs, steps, sizes.at("batch"), stream) : tabulate_rows(inputs, steps, stream);
+      bundle->split ? tabulate_split(inputs, steps, sizes.at("batch"), stream, Conditioning::Table::Life::schedule)
+                    : tabulate_rows(inputs, steps, stream);
   table.of = key;
   return table;
 }
@@ -106,13 +111,14 @@ Conditioning::Table Engine::State::tabulate_rows(const Inputs& inputs, std::int6
 
 // A split engine makes the modulation tensors of all steps: as many steps in one call as its batch has room for.
 Conditioning::Table Engine::State::tabulate_split(const Inputs& inputs, std::int64_t steps, std::int64_t batch,
-                                                  void* stream) const {
+                                                  void* stream, Conditioning::Table::Life life) const {
   const Contract& contract = bundle->split->conditioning;
   const TensorSpec& made = contract.outputs[0];
   const std::int64_t at_once = std::clamp<std::int64_t>(contract.ranges.at("batch").max / batch, 1, steps);
   Conditioning::Table table;
+  table.life = life;
   const auto row = static_cast<std::int64_t>(bytes_of({made.dtype, made.shape({{"batch", batch}}), nullptr}));
-  char* const modulation = table.allocate(gpu, static_cast<std::size_t>(row * steps));
+  char* const modulation = table.allocate(gpu, static_cast<std::size_t>(row * steps), stream);
 
   Inputs call;  // the first at_once steps: row s · batch + b
   for (const auto& [name, tensor] : inputs) {
@@ -174,7 +180,8 @@ void Engine::run(const Inputs& inputs, const Outputs& outputs, void* stream) con
   for (const auto& [name, tensor] : inputs) (is_conditioning(name) ? once : rest).insert({name, tensor});
   Shape& timesteps = once.at("timestep").shape;
   timesteps.insert(timesteps.begin(), 1);  // a schedule of one step
-  const Conditioning::Table table = state.tabulate_split(once, 1, sizes.at("batch"), stream);
+  const Conditioning::Table table =
+      state.tabulate_split(once, 1, sizes.at("batch"), stream, Conditioning::Table::Life::call);
   rest.insert(table.steps[0].begin(), table.steps[0].end());
   state.step(rest, outputs, sizes, stream);
 }

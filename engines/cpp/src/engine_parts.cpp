@@ -20,13 +20,29 @@ const EngineEntry& entry_of(const Bundle& bundle, const std::string& target) {
                      "mmdit-export … --target " + target);
 }
 
-EngineRecord record_of(const Bundle& bundle, const Json& json, const Target& target, const Contract& contract) {
+// What a target's entry describes: the whole model; or the trunk, and then the conditioning.
+struct Part {
+  std::string name;  // for messages
+  const Json* json;
+  const Contract* contract;
+};
+
+std::vector<Part> parts_of(const Bundle& bundle, const EngineEntry& entry) {
+  const std::string name = quote(entry.target, 40);
+  if (!bundle.split) return {{name, entry.json, &bundle.contract}};
+  const Json* conditioning = entry.json->find("conditioning");
+  if (!conditioning) throw malformed_bundle(bundle.path, name + ": a split model without its conditioning");
+  return {{name, entry.json, &bundle.split->trunk},
+          {name + " (conditioning)", conditioning, &bundle.split->conditioning}};
+}
+
+EngineRecord record_of(const Bundle& bundle, const Part& part, const Target& target) {
   try {
-    EngineRecord record = read_engine(json, target.runtime == Runtime::tensorrt, contract);
+    EngineRecord record = read_engine(*part.json, target.runtime == Runtime::tensorrt, *part.contract);
     if (record.flavour != target.flavour) throw Malformed{"an engine of " + quote(record.flavour)};
     return record;
   } catch (const Malformed& error) {
-    throw malformed_bundle(bundle.path, quote(target.name) + ": " + error.what);
+    throw malformed_bundle(bundle.path, part.name + ": " + error.what);
   }
 }
 
@@ -57,22 +73,22 @@ std::shared_ptr<Gpu> gpu_for(const Target& target, int device) {
 // All that can be found out without deserializing anything.
 void check_runnable(const Bundle& bundle, const EngineEntry& entry, int device) {
   const Target target = parse_target(entry.target);
+  std::vector<EngineRecord> records;
+  for (const Part& part : parts_of(bundle, entry)) records.push_back(record_of(bundle, part, target));
   if (target.runtime == Runtime::onnxruntime) {
     check_onnxruntime(target);
     gpu_for(target, device);
     return;
   }
-  const Contract& contract = bundle.split ? bundle.split->trunk : bundle.contract;
-  const EngineRecord record = record_of(bundle, *entry.json, target, contract);
   check_tensorrt(target);
-  check_fits(record, target, *gpu_for(target, device));
+  const std::shared_ptr<Gpu> gpu = gpu_for(target, device);
+  for (const EngineRecord& record : records) check_fits(record, target, *gpu);
 }
 
-std::unique_ptr<Backend> open(const Bundle& bundle, const Json& json, const Contract& contract,
-                              const BackendOptions& options) {
-  const EngineRecord record = record_of(bundle, json, options.target, contract);
+std::unique_ptr<Backend> open(const Bundle& bundle, const Part& part, const BackendOptions& options) {
+  const EngineRecord record = record_of(bundle, part, options.target);
   if (options.target.runtime == Runtime::onnxruntime)
-    return open_onnxruntime(bundle.file(record.graph), contract, options);
+    return open_onnxruntime(bundle.file(record.graph), *part.contract, options);
   check_tensorrt(options.target);
   check_fits(record, options.target, *options.gpu);
   std::vector<std::filesystem::path> files;
@@ -113,19 +129,16 @@ Target choose_target(const Bundle& bundle, const std::string& wanted, int device
 }
 
 EngineParts load_parts(const Bundle& bundle, const BackendOptions& options) {
-  const EngineEntry& entry = entry_of(bundle, options.target.name);
+  const std::vector<Part> described = parts_of(bundle, entry_of(bundle, options.target.name));
   EngineParts parts;
-  if (!bundle.split) {
-    parts.step = open(bundle, *entry.json, bundle.contract, options);
-    return parts;
+  BackendOptions of_step = options;
+  of_step.in_turn = described.size() > 1;
+  if (bundle.split) {
+    BackendOptions its_own = of_step;  // each part writes its cache whole: one file for both would hold one's kernels
+    if (!its_own.runtime_cache.empty()) its_own.runtime_cache += ".conditioning";
+    parts.conditioning = open(bundle, described[1], its_own);
   }
-  const Json* conditioning = entry.json->find("conditioning");
-  if (!conditioning)
-    throw malformed_bundle(bundle.path, quote(entry.target) + ": a split model without its conditioning");
-  BackendOptions its_own = options;  // each part writes its cache whole: one file for both would hold one's kernels
-  if (!its_own.runtime_cache.empty()) its_own.runtime_cache += ".conditioning";
-  parts.conditioning = open(bundle, *conditioning, bundle.split->conditioning, its_own);
-  parts.step = open(bundle, *entry.json, bundle.split->trunk, options);
+  parts.step = open(bundle, described[0], of_step);
   return parts;
 }
 

@@ -239,17 +239,23 @@ class TensorRTBackend : public Backend {
   Chain& chain(std::size_t profile, void* stream) {
     if (const auto found = chains_.find(profile); found != chains_.end()) return found->second;
     Chain made;
-    for (const Segment& segment : segments_) {
-      std::unique_ptr<trt::IExecutionContext> execution(segment.engine->createExecutionContext(segment.config.get()));
-      if (!execution) throw failed(log_, "makes an execution context of " + segment.record->file);
-      execution->setDeviceMemoryV2(workspace_.get(), workspace_bytes_);
-      if (!execution->setOptimizationProfileAsync(static_cast<std::int32_t>(profile),
-                                                  static_cast<cudaStream_t>(stream)))
-        throw failed(log_, "selects profile " + std::to_string(profile) + " of " + segment.record->file);
-      made.emplace_back(*segment.record, std::move(execution));
+    try {
+      for (const Segment& segment : segments_) made.emplace_back(*segment.record, context(segment, profile, stream));
+    } catch (const Error&) {
+      gpu_->synchronize(stream);  // the profiles of those that were made are still on their way to the GPU
+      throw;
     }
     kernels_.save();  // most are compiled when a context is made; a killed process keeps these
     return chains_.emplace(profile, std::move(made)).first->second;
+  }
+
+  std::unique_ptr<trt::IExecutionContext> context(const Segment& segment, std::size_t profile, void* stream) {
+    std::unique_ptr<trt::IExecutionContext> execution(segment.engine->createExecutionContext(segment.config.get()));
+    if (!execution) throw failed(log_, "makes an execution context of " + segment.record->file);
+    execution->setDeviceMemoryV2(workspace_.get(), workspace_bytes_);
+    if (!execution->setOptimizationProfileAsync(static_cast<std::int32_t>(profile), static_cast<cudaStream_t>(stream)))
+      throw failed(log_, "selects profile " + std::to_string(profile) + " of " + segment.record->file);
+    return execution;
   }
 
   void enqueue(Chain& chain, const Inputs& inputs, const Outputs& outputs, const Sizes& sizes, void* stream) {

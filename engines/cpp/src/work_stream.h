@@ -1,4 +1,4 @@
-// The stream that a TensorRT engine's work is enqueued on, call after call. The host never waits for any of it.
+// The stream that a TensorRT engine's work is enqueued on, call after call. The host waits for none of it, but after an error.
 #ifndef MMDIT_SRC_WORK_STREAM_H
 #define MMDIT_SRC_WORK_STREAM_H
 

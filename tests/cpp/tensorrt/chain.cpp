@@ -2,22 +2,20 @@
 //
 //     chain BUNDLE
 //
-// Prints what went wrong; the last line says how many calls were right.
-#include <cmath>
+// Prints what went wrong; the last line says how many checks were right.
+#include <cstdint>
 #include <cstdio>
-#include <cstring>
-#include <map>
 #include <optional>
 #include <thread>
 #include <vector>
 
-#include "fake.h"
-#include "mmdit/buffer.h"
+#include "call.h"
+#include "fake_streams.h"
 #include "mmdit/engine.h"
 
 namespace {
 
-using Values = std::map<std::string, std::vector<float>>;
+constexpr int TIMES = 8;  // that each is tried: the GPU chooses another order each time
 
 int right = 0, wrong = 0;
 
@@ -26,89 +24,12 @@ void check(const char* what, bool holds) {
   if (!holds) std::printf("wrong: %s\n", what);
 }
 
-// What a segment makes of its inputs, computed without any runtime.
-void segment(Values& values, const std::vector<std::string>& inputs, const std::vector<std::string>& outputs,
-             const std::map<std::string, std::size_t>& counts) {
-  double total = 0;
-  for (const std::string& name : inputs) total += fake::read(name, values.at(name).data(), values.at(name).size());
-  for (const std::string& name : outputs) {
-    values[name].resize(counts.at(name));
-    fake::write(name, total, values[name].data(), counts.at(name));
-  }
+template <typename Function>
+void check_often(const char* what, const Function& function) {
+  bool holds = true;
+  for (int i = 0; i < TIMES; ++i) holds = function() && holds;
+  check(what, holds);
 }
-
-// A call of one shape. `offset`: bytes from an address that TensorRT takes to the one that it is given.
-class Call {
- public:
-  Call(const mmdit::Engine& engine, std::int64_t batch, std::int64_t tokens, std::size_t offset)
-      : batch_(batch), tokens_(tokens), offset_(offset) {
-    const auto b = static_cast<std::size_t>(batch), n = static_cast<std::size_t>(tokens);
-    add(engine, "hidden_states", {batch, tokens, 4});
-    add(engine, "timestep", {batch});
-    Values values = host_;
-    segment(values, {"timestep"}, {"modulation"}, {{"modulation", b * 3}});
-    segment(values, {"hidden_states", "modulation"}, {"h", "c"}, {{"h", b * n * 8}, {"c", b * 3}});
-    segment(values, {"h"}, {"tap", "g"}, {{"tap", b * n * 8}, {"g", b * n * 8}});
-    segment(values, {"g", "c", "tap", "hidden_states"}, {"sample"}, {{"sample", b * n * 4}});
-    expected_ = {{"sample", values.at("sample")}, {"tap", values.at("tap")}};
-    for (const auto& [name, numbers] : expected_)
-      out_.emplace(name, mmdit::Buffer(engine, numbers.size() * sizeof(float) + offset_));
-  }
-
-  // Runs it, by a step of a schedule where `conditioning` is given.
-  bool run(const mmdit::Engine& engine, void* stream, bool by_step) {
-    const mmdit::Outputs outputs = {{"sample", view(out_.at("sample"), {batch_, tokens_, 4})},
-                                    {"tap", view(out_.at("tap"), {batch_, tokens_, 8})}};
-    for (const auto& [name, buffer] : out_) {
-      const std::vector<char> nothing(buffer.size());
-      buffer.upload(nothing.data(), nothing.size(), stream);
-    }
-    if (by_step) {
-      // Three steps in one table; this call's is the last.
-      std::vector<float> times(static_cast<std::size_t>(batch_) * 3, 0.25f);
-      std::copy(host_.at("timestep").begin(), host_.at("timestep").end(), times.begin() + 2 * batch_);
-      const mmdit::Buffer schedule(engine, times.size() * sizeof(float));
-      schedule.upload(times.data(), schedule.size());
-      const mmdit::Conditioning table =
-          engine.condition({{"timestep", {mmdit::DType::float32, {3, batch_}, schedule.data()}}}, stream);
-      mmdit::Inputs rest = inputs_;
-      rest.erase("timestep");
-      engine.run(rest, table, 2, outputs, stream);
-    } else {
-      engine.run(inputs_, outputs, stream);
-    }
-    bool same = true;
-    for (const auto& [name, numbers] : expected_) {
-      std::vector<float> result(numbers.size() + offset_ / sizeof(float));
-      out_.at(name).download(result.data(), result.size() * sizeof(float), stream);
-      for (std::size_t i = 0; i < numbers.size(); ++i)
-        same = same && std::abs(result[i + offset_ / sizeof(float)] - numbers[i]) < 1e-4f;
-    }
-    return same;
-  }
-
-  mmdit::Inputs inputs_;
-
- private:
-  mmdit::Tensor view(const mmdit::Buffer& buffer, const mmdit::Shape& shape) const {
-    return {mmdit::DType::float32, shape, static_cast<char*>(buffer.data()) + offset_};
-  }
-  void add(const mmdit::Engine& engine, const std::string& name, const mmdit::Shape& shape) {
-    std::vector<float>& values = host_[name];
-    for (std::size_t i = 0; i < mmdit::element_count(shape); ++i) values.push_back(static_cast<float>(i % 5) / 5);
-    const mmdit::Buffer& buffer =
-        in_.emplace(name, mmdit::Buffer(engine, values.size() * sizeof(float) + offset_)).first->second;
-    std::vector<char> bytes(buffer.size());
-    std::memcpy(bytes.data() + offset_, values.data(), values.size() * sizeof(float));
-    buffer.upload(bytes.data(), bytes.size());
-    inputs_[name] = view(buffer, shape);
-  }
-
-  std::int64_t batch_, tokens_;
-  std::size_t offset_;
-  Values host_, expected_;
-  std::map<std::string, mmdit::Buffer> in_, out_;
-};
 
 template <typename Refusal, typename Function>
 bool refuses(const Function& function) {
@@ -120,47 +41,136 @@ bool refuses(const Function& function) {
   return false;
 }
 
-void run_all(const mmdit::Engine& engine) {
+void* stream(std::uintptr_t number) { return reinterpret_cast<void*>(number); }
+
+// The default stream by both its names, the thread's own, and streams of the caller's.
+void* const DEFAULT = nullptr;
+void* const LEGACY = stream(1);
+void* const PER_THREAD = stream(2);
+void* const ONE = stream(16);
+void* const OTHER = stream(17);
+const std::vector<void*> STREAMS = {DEFAULT, LEGACY, PER_THREAD, ONE};
+
+void one_at_a_time(const mmdit::Engine& engine) {
+  Call small(engine, 2, 5), large(engine, 3, 40), askew(engine, 2, 5, 4);
+  const auto call = [&](Call& of, void* on) { return of.start(engine, on), of.finish(on); };
+  const auto step = [&](Call& of, void* on) { return of.start_step(engine, on, on), of.finish(on); };
+  for (void* const on : STREAMS) {
+    check_often("a call", [&] { return call(small, on); });
+    check_often("a call of another shape and profile", [&] { return call(large, on); });
+    check_often("addresses that TensorRT does not take", [&] { return call(askew, on); });
+    check_often("a step of a schedule", [&] { return step(small, on); });
+    check_often("a step of a schedule at another profile", [&] { return step(large, on); });
+    check_often("a step at addresses that TensorRT does not take", [&] { return step(askew, on); });
+    check_often("a buffer's upload is there for any stream", [&] {
+      small.upload_now();
+      small.start_uploaded(engine, on);
+      return small.finish(on);
+    });
+    check_often("a table that goes before its step has run", [&] {
+      small.start_step(engine, on, on);
+      small.drop_table();
+      return small.finish(on);
+    });
+  }
+}
+
+// Calls that are enqueued one after another, and read back in the other order.
+void one_after_another(const mmdit::Engine& engine) {
+  Call first(engine, 3, 40), second(engine, 2, 5, 4), third(engine, 2, 7);
+  for (void* const before : STREAMS)
+    for (void* const after : {DEFAULT, PER_THREAD, ONE, OTHER}) {
+      check_often("a call right after another", [&] {
+        first.start(engine, before);
+        second.start(engine, after);
+        third.start(engine, before);
+        const bool last = third.finish(before);
+        const bool middle = second.finish(after);
+        return first.finish(before) && middle && last;
+      });
+      check_often("a table made on one stream and used on another", [&] {
+        second.start_step(engine, before, after);
+        return second.finish(after);
+      });
+      check_often("such a table with calls under way", [&] {
+        first.start(engine, OTHER);
+        second.start_step(engine, before, after);
+        third.start(engine, before);
+        const bool same = third.finish(before);
+        return second.finish(after) && first.finish(OTHER) && same;
+      });
+    }
+  check_often("calls and steps wait for nothing", [&] {
+    second.start_step(engine, DEFAULT, ONE);
+    const int waits = fake::host_waits();
+    first.start(engine, OTHER);
+    third.start(engine, DEFAULT);
+    bool none = fake::host_waits() == waits;
+    none = second.finish(ONE) && none;
+    const int before = fake::host_waits();
+    second.start_step_again(engine, OTHER);
+    none = fake::host_waits() == before && none;
+    return second.finish(OTHER) && third.finish(DEFAULT) && first.finish(OTHER) && none;
+  });
+}
+
+void refusals(const mmdit::Engine& engine) {
   int numbers[2];
-  void* const one = reinterpret_cast<void*>(std::uintptr_t{16});  // streams of the caller's
-  void* const other = reinterpret_cast<void*>(std::uintptr_t{17});
-  Call small(engine, 2, 5, 0), large(engine, 3, 40, 0), askew(engine, 2, 5, 4);
-  check("a call on the default stream", small.run(engine, nullptr, false));
-  check("a call on a stream", small.run(engine, one, false));
-  check("a call of another shape and profile on another stream", large.run(engine, other, false));
-  check("the first shape again", small.run(engine, one, false));
-  check("addresses that TensorRT does not take", askew.run(engine, one, false));
-  check("a step of a schedule", small.run(engine, one, true));
-  check("a step of a schedule at another profile", large.run(engine, nullptr, true));
-  check("a step at addresses that TensorRT does not take", askew.run(engine, other, true));
+  Call small(engine, 2, 5), misfit(engine, 4, 5);
   mmdit::Inputs host = small.inputs_;
   host["timestep"].data = numbers;
-  check("memory of the host is refused", refuses<mmdit::ContractError>([&] {
-          mmdit::Buffer sample(engine, 160), tap(engine, 320);
-          engine.run(host, {{"sample", {mmdit::DType::float32, {2, 5, 4}, sample.data()}},
-                            {"tap", {mmdit::DType::float32, {2, 5, 8}, tap.data()}}});
-        }));
+  check("memory of the host is refused", refuses<mmdit::ContractError>([&] { engine.run(host, small.outputs_, ONE); }));
   check("sizes that no profile holds together are refused",
-        refuses<mmdit::ContractError>([&] { Call(engine, 4, 5, 0).run(engine, one, false); }));
+        refuses<mmdit::ContractError>([&] { misfit.start(engine, ONE); }));
+}
+
+void four_threads(const mmdit::Engine& engine) {
   std::vector<std::thread> threads;
   std::vector<int> same(4);
+  const std::vector<void*> own = {stream(20), stream(21), PER_THREAD, DEFAULT};
   for (int t = 0; t < 4; ++t)
     threads.emplace_back([&, t] {
       Call call(engine, 2 + t % 2, t % 2 ? 40 : 5 + t, static_cast<std::size_t>(t) * 4);
-      for (int i = 0; i < 20; ++i)
-        same[t] += call.run(engine, reinterpret_cast<void*>(std::uintptr_t(20 + t)), i % 3 == 0);
+      for (int i = 0; i < 20; ++i) {
+        if (i % 3 == 0) {
+          call.start_step(engine, own[(t + i) % 2], own[t]);
+        } else {
+          call.start(engine, own[t]);
+        }
+        same[t] += call.finish(own[t]);
+      }
     });
   for (std::thread& thread : threads) thread.join();
   for (const int count : same) check("calls of four threads", count == 20);
+}
+
+mmdit::Engine load(const char* bundle) {
+  mmdit::Options options;
+  options.target = "trt";
+  return mmdit::Engine::load(bundle, options);
+}
+
+// An engine that ends with work under way.
+void ends(const char* bundle) {
+  std::optional<mmdit::Engine> engine = load(bundle);
+  Call call(*engine, 2, 5);
+  call.start(*engine, ONE);
+  engine.reset();
+  check("an engine that goes before its call has run", call.finish(ONE));
 }
 
 }  // namespace
 
 int main(int, char** argv) {
   try {
-    mmdit::Options options;
-    options.target = "trt";
-    run_all(mmdit::Engine::load(argv[1], options));
+    {
+      const mmdit::Engine engine = load(argv[1]);
+      one_at_a_time(engine);
+      one_after_another(engine);
+      refusals(engine);
+      four_threads(engine);
+    }
+    ends(argv[1]);
   } catch (const mmdit::BundleError& error) {
     std::printf("BundleError: %s\n", error.what());
   } catch (const mmdit::MachineError& error) {

@@ -3,6 +3,7 @@
 #define TESTS_FAKE_H
 
 #include <cstddef>
+#include <cstdio>
 #include <string>
 
 namespace fake {
@@ -18,6 +19,9 @@ inline void write(const std::string& name, double total, float* values, std::siz
     values[i] = static_cast<float>(static_cast<double>(i) / static_cast<double>(count) + total / 8 +
                                    static_cast<double>(name.size()) / 16);
 }
+
+// Says what a GPU would not say, but go wrong of.
+inline void wrong(const std::string& what) { std::printf("wrong: %s\n", what.c_str()); }
 
 }  // namespace fake
 

@@ -1,26 +1,31 @@
-// A CUDA driver over the host's memory: what is enqueued is done at once, what is freed is gone, and one of each sort
-// may be told to fail. At the end, what was not freed is printed.
+// The functions of CUDA's driver that the library calls, over the fake GPU's streams and memory. At the end, what was
+// not freed is printed.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 #include <mutex>
 #include <set>
-#include <string>
+
+#include "fake_memory.h"
+#include "fake_streams.h"
 
 namespace {
 
 using Address = unsigned long long;
 
+constexpr int INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_CONTEXT = 201, INVALID_HANDLE = 400;
+
 struct Gpu {
   std::mutex lock;
-  std::map<Address, std::size_t> memory;
-  std::set<void*> streams, events;
+  std::set<void*> streams;
+  std::map<void*, fake::Mark> events;
   int contexts = 0;
 
+  Gpu() { fake::pending(), fake::allocations(); }  // these end after this
   ~Gpu() {
-    std::printf("left: %zu allocations, %zu streams, %zu events, %d contexts\n", memory.size(), streams.size(),
-                events.size(), contexts);
+    std::printf("left: %zu allocations, %zu streams, %zu events, %d contexts, %zu operations\n", fake::allocations(),
+                streams.size(), events.size(), contexts, fake::pending());
   }
 };
 
@@ -31,43 +36,27 @@ Gpu& gpu() {
 
 thread_local int current = 0;  // contexts on this thread's stack
 
-int with_context() { return current > 0 ? 0 : 201; }  // CUDA_ERROR_INVALID_CONTEXT
+int with_context() { return current > 0 ? 0 : INVALID_CONTEXT; }
+void* at(Address address) { return reinterpret_cast<void*>(address); }
 
-int allocate(Address* into, std::size_t bytes) {
-  if (bytes > (std::size_t{1} << 32)) return 2;  // CUDA_ERROR_OUT_OF_MEMORY
-  void* const memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
-  std::memset(memory, 0xff, bytes);  // NaNs: nobody reads what was not written
-  const std::lock_guard<std::mutex> guard(gpu().lock);
-  *into = reinterpret_cast<Address>(memory);
-  gpu().memory[*into] = bytes;
+int allocate(Address* into, std::size_t bytes, bool promised) {
+  if (bytes > (std::size_t{1} << 32)) return OUT_OF_MEMORY;
+  *into = reinterpret_cast<Address>(fake::reserve(bytes, promised));
   return with_context();
-}
-
-int release(Address memory) {
-  const std::lock_guard<std::mutex> guard(gpu().lock);
-  if (!gpu().memory.erase(memory)) return 1;  // CUDA_ERROR_INVALID_VALUE
-  std::free(reinterpret_cast<void*>(memory));
-  return with_context();
-}
-
-int make(std::set<void*>& of, void** into) {
-  const std::lock_guard<std::mutex> guard(gpu().lock);
-  *into = std::malloc(16);
-  of.insert(*into);
-  return with_context();
-}
-
-int destroy(std::set<void*>& of, void* one) {
-  const std::lock_guard<std::mutex> guard(gpu().lock);
-  if (!of.erase(one)) return 400;  // CUDA_ERROR_INVALID_HANDLE
-  std::free(one);
-  return 0;
 }
 
 // A stream that the driver knows: one of its own, the default one, or the program's (small numbers).
 int known(void* stream) {
   const std::lock_guard<std::mutex> guard(gpu().lock);
-  return reinterpret_cast<Address>(stream) < 100 || gpu().streams.count(stream) ? with_context() : 400;
+  return reinterpret_cast<Address>(stream) < 100 || gpu().streams.count(stream) ? with_context() : INVALID_HANDLE;
+}
+
+// What `work` enqueues on a stream, or the refusal.
+template <typename Work>
+int on(void* stream, const Work& work) {
+  const int refusal = known(stream);
+  if (!refusal) work();
+  return refusal;
 }
 
 }  // namespace
@@ -84,36 +73,77 @@ int cuDevicePrimaryCtxRetain(void** context, int device) {
   return device == 7 ? 0 : 101;
 }
 int cuDevicePrimaryCtxRelease_v2(int) { return --gpu().contexts, 0; }
-int cuCtxPushCurrent_v2(void* context) { return ++current, context == &gpu() ? 0 : 201; }
+int cuCtxPushCurrent_v2(void* context) { return ++current, context == &gpu() ? 0 : INVALID_CONTEXT; }
 int cuCtxPopCurrent_v2(void**) { return --current, 0; }
-int cuCtxSynchronize() { return with_context(); }
-int cuStreamSynchronize(void* stream) { return known(stream); }
-int cuStreamCreate(void** stream, unsigned flags) { return flags == 1 ? make(gpu().streams, stream) : 1; }
-int cuStreamDestroy_v2(void* stream) { return destroy(gpu().streams, stream); }
-int cuStreamWaitEvent(void* stream, void* event, unsigned) { return gpu().events.count(event) ? known(stream) : 400; }
-int cuEventCreate(void** event, unsigned flags) { return flags == 2 ? make(gpu().events, event) : 1; }
-int cuEventDestroy_v2(void* event) { return destroy(gpu().events, event); }
-int cuEventRecord(void* event, void* stream) { return gpu().events.count(event) ? known(stream) : 400; }
-int cuMemAlloc_v2(Address* memory, std::size_t bytes) { return allocate(memory, bytes); }
-int cuMemFree_v2(Address memory) { return release(memory); }
-int cuMemAllocAsync(Address* memory, std::size_t bytes, void*) { return allocate(memory, bytes); }
-int cuMemFreeAsync(Address memory, void*) { return release(memory); }
+int cuCtxSynchronize() { return fake::finish_all(), with_context(); }
+
+int cuStreamSynchronize(void* stream) {
+  return on(stream, [&] { fake::finish(stream); });
+}
+int cuStreamCreate(void** stream, unsigned flags) {
+  const std::lock_guard<std::mutex> guard(gpu().lock);
+  gpu().streams.insert(*stream = std::malloc(16));
+  return flags == 1 ? with_context() : INVALID_VALUE;
+}
+int cuStreamDestroy_v2(void* stream) {
+  const std::lock_guard<std::mutex> guard(gpu().lock);
+  if (!gpu().streams.erase(stream)) return INVALID_HANDLE;
+  fake::forget(stream);
+  std::free(stream);
+  return 0;
+}
+
+int cuEventCreate(void** event, unsigned flags) {
+  const std::lock_guard<std::mutex> guard(gpu().lock);
+  gpu().events[*event = std::malloc(16)] = {};
+  return flags == 2 ? with_context() : INVALID_VALUE;
+}
+int cuEventDestroy_v2(void* event) {
+  const std::lock_guard<std::mutex> guard(gpu().lock);
+  if (!gpu().events.erase(event)) return INVALID_HANDLE;
+  std::free(event);
+  return 0;
+}
+int cuEventRecord(void* event, void* stream) {
+  return on(stream, [&] {
+    const fake::Mark mark = fake::mark(stream);
+    const std::lock_guard<std::mutex> guard(gpu().lock);
+    gpu().events.at(event) = mark;
+  });
+}
+int cuStreamWaitEvent(void* stream, void* event, unsigned) {
+  return on(stream, [&] {
+    const std::lock_guard<std::mutex> guard(gpu().lock);
+    fake::wait(stream, gpu().events.at(event));
+  });
+}
+
+int cuMemAlloc_v2(Address* memory, std::size_t bytes) { return allocate(memory, bytes, false); }
+int cuMemFree_v2(Address memory) {
+  if (!fake::is_start(at(memory))) return INVALID_VALUE;
+  fake::finish_all();  // as the driver does
+  fake::go(at(memory));
+  return with_context();
+}
+int cuMemAllocAsync(Address* memory, std::size_t bytes, void* stream) {
+  const int refusal = allocate(memory, bytes, true);
+  return refusal ? refusal : on(stream, [&] { fake::enqueue(stream, [start = at(*memory)] { fake::come(start); }); });
+}
+int cuMemFreeAsync(Address memory, void* stream) {
+  if (!fake::is_start(at(memory))) return INVALID_VALUE;
+  return on(stream, [&] { fake::enqueue(stream, [start = at(memory)] { fake::go(start); }); });
+}
 int cuMemcpyDtoDAsync_v2(Address to, Address from, std::size_t bytes, void* stream) {
-  std::memmove(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes);
-  return known(stream);
+  return on(stream, [&] { fake::copy(at(to), at(from), bytes, stream); });
 }
 int cuMemcpyHtoDAsync_v2(Address to, const void* from, std::size_t bytes, void* stream) {
-  std::memcpy(reinterpret_cast<void*>(to), from, bytes);
-  return known(stream);
+  return on(stream, [&] { fake::upload(at(to), from, bytes, stream); });
 }
 int cuMemcpyDtoHAsync_v2(void* to, Address from, std::size_t bytes, void* stream) {
-  std::memcpy(to, reinterpret_cast<void*>(from), bytes);
-  return known(stream);
+  return on(stream, [&] { fake::download(to, at(from), bytes, stream); });
 }
 int cuPointerGetAttribute(void* value, int attribute, Address pointer) {
-  const std::lock_guard<std::mutex> guard(gpu().lock);
-  auto found = gpu().memory.upper_bound(pointer);
-  if (found == gpu().memory.begin() || pointer >= (--found)->first + found->second) return 1;
+  if (!fake::is_known(at(pointer))) return INVALID_VALUE;
   *static_cast<int*>(value) = attribute == 2 ? 2 : 0;  // device memory, of GPU 0
   return 0;
 }

@@ -1,18 +1,22 @@
-// A TensorRT that computes `fake` (fake.h) of each segment, on the addresses and shapes that it is given: a wrong
-// address, one that was freed too early, or a shape that was not set gives wrong numbers or an error, as the real one
-// would.
+// A TensorRT that computes `fake` (fake.h) of each segment, in the order of the fake GPU's streams, on the addresses
+// and shapes that it was given: a wrong address, one that was freed too early, a shape that was not set, or another
+// call in the same workspace at the same time gives wrong numbers or a line about it.
 //
 // An "engine file" says its tensors in lines: in|out NAME AXIS…, all fp32. FAKE_TRT names what is to fail.
 #include <NvInferRuntime.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <sstream>
 #include <string>
 #include <vector>
 
 #include "fake.h"
+#include "fake_memory.h"
+#include "fake_streams.h"
 #include "unused_methods.h"  // generated: classes whose methods all end the process
 
 namespace {
@@ -45,18 +49,64 @@ std::vector<Binding> parse(std::string const& text) {
   return bindings;
 }
 
-constexpr int WORKSPACE = 4096;
+constexpr std::size_t WORKSPACE = 4096;
+
+struct Values {
+  std::string name;
+  float* start;
+  std::size_t count;
+  bool there(char const* who) const { return fake::usable(start, count * sizeof(float), (who + name).c_str()); }
+};
+
+// One run of a segment: all that it was given when it was enqueued.
+struct Work {
+  std::vector<Values> inputs, outputs;
+  void* workspace;
+
+  double total() const {
+    double sum = 0;
+    for (Values const& input : inputs)
+      if (input.there("reading ")) sum += fake::read(input.name, input.start, input.count);
+    return sum;
+  }
+  // It runs for a while: it reads its inputs more than once, and keeps what it has in the workspace.
+  void begin() const {
+    if (!fake::usable(workspace, WORKSPACE, "a segment's begin")) return;
+    std::memset(workspace, 0xee, WORKSPACE);
+    double const sum = total();
+    std::memcpy(workspace, &sum, sizeof sum);
+  }
+  void end() const {
+    if (!fake::usable(workspace, WORKSPACE, "a segment's end")) return;
+    double sum = 0;
+    std::memcpy(&sum, workspace, sizeof sum);
+    for (Values const& output : outputs)
+      if (output.there("writing ")) fake::write(output.name, (sum + total()) / 2, output.start, output.count);
+  }
+};
+
+// What a context's enqueued work needs of it.
+struct InFlight {
+  std::atomic<int> operations{0};
+  std::atomic<bool> has_profile{false};
+};
 
 class Context final : public IExecutionContext, public unused::VExecutionContext {
  public:
   explicit Context(std::vector<Binding> const& bindings) : bindings_(bindings) { mImpl = this; }
+  ~Context() override {
+    if (in_flight_->operations) fake::wrong("an execution context ends before its work");
+  }
   void setDeviceMemoryV2(void* memory, int64_t size) noexcept override {
     workspace_ = memory;
     workspace_size_ = size;
   }
   bool setOptimizationProfileAsync(int32_t profile, cudaStream_t stream) noexcept override {
+    static std::atomic<int> calls{0};
+    if (stream == nullptr || fails("profile") || (fails("second profile") && calls++ > 0)) return false;
     profile_ = profile;
-    return stream != nullptr && !fails("profile");
+    enqueue(stream, [flight = in_flight_] { flight->has_profile = true; });
+    return true;
   }
   bool setInputShape(char const* name, Dims const& dims) noexcept override {
     Binding const& binding = find(name);
@@ -78,17 +128,30 @@ class Context final : public IExecutionContext, public unused::VExecutionContext
     return reinterpret_cast<std::uintptr_t>(data) % 256 == 0;
   }
   bool enqueueV3(cudaStream_t stream) noexcept override {
-    if (fails("enqueue") || profile_ < 0 || stream == nullptr || workspace_size_ < WORKSPACE) return false;
-    std::memset(workspace_, 0xee, static_cast<std::size_t>(workspace_size_));
-    double total = 0;
+    static std::atomic<int> calls{0};
+    if (fails("enqueue") || (fails("second enqueue") && calls++ > 0)) return false;
+    if (profile_ < 0 || stream == nullptr || workspace_size_ < static_cast<int64_t>(WORKSPACE)) return false;
+    Work work = {{}, {}, workspace_};
     for (Binding const& binding : bindings_)
-      if (binding.input) total += fake::read(binding.name, addresses_.at(binding.name), count(binding));
-    for (Binding const& binding : bindings_)
-      if (!binding.input) fake::write(binding.name, total, addresses_.at(binding.name), count(binding));
+      (binding.input ? work.inputs : work.outputs)
+          .push_back({binding.name, addresses_.at(binding.name), count(binding)});
+    enqueue(stream, [work, flight = in_flight_] {
+      if (!flight->has_profile) fake::wrong("a segment runs before its profile is set");
+      work.begin();
+    });
+    enqueue(stream, [work] { work.end(); });
     return true;
   }
 
  private:
+  template <typename Operation>
+  void enqueue(cudaStream_t stream, Operation const& operation) {
+    ++in_flight_->operations;
+    fake::enqueue(stream, [operation, flight = in_flight_] {
+      operation();
+      --flight->operations;
+    });
+  }
   Binding const& find(std::string const& name) const {
     for (Binding const& binding : bindings_)
       if (binding.name == name) return binding;
@@ -107,6 +170,7 @@ class Context final : public IExecutionContext, public unused::VExecutionContext
   void* workspace_ = nullptr;
   int64_t workspace_size_ = 0;
   int32_t profile_ = -1;
+  std::shared_ptr<InFlight> in_flight_ = std::make_shared<InFlight>();
 };
 
 class Config final : public IRuntimeConfig, public unused::VRuntimeConfig {
@@ -135,7 +199,7 @@ class Engine final : public ICudaEngine, public unused::VCudaEngine {
     dims.nbDims = static_cast<int32_t>(find(name).axes.size());
     return dims;
   }
-  int64_t getDeviceMemorySizeV2() const noexcept override { return WORKSPACE; }
+  int64_t getDeviceMemorySizeV2() const noexcept override { return static_cast<int64_t>(WORKSPACE); }
   IRuntimeConfig* createRuntimeConfig() noexcept override { return new Config; }
   IExecutionContext* createExecutionContextWithRuntimeConfig(IRuntimeConfig*) noexcept override {
     return fails("context") ? nullptr : new Context(bindings_);

@@ -68,8 +68,7 @@ class MMDIT_API Engine {
   // Inputs are never written to.
   //
   // `stream` is a CUstream or cudaStream_t of the GPU; null is the default one, and the only one on a CPU. TensorRT
-  // enqueues and returns, but for a split engine, which waits for the device when it frees the call's modulation table
-  // (condition() once spares that). ONNX Runtime waits for the stream, and returns when the outputs are there.
+  // enqueues and returns, whole or split. ONNX Runtime waits for the stream, and returns when the outputs are there.
   //
   // Several threads may run one engine: ONNX Runtime's calls run side by side, TensorRT's take turns.
   //
