@@ -19,10 +19,12 @@ Pipelines of diffusers 0.42.1 that images agree in:
 | FLUX.2 | Flux2: Pipeline, KleinPipeline, KleinInpaint |
 | Qwen-Image | QwenImage: Pipeline, Img2Img, Inpaint, Edit, EditInpaint, EditPlus |
 
-What an engine cannot do is refused where it is asked for, and not ignored: ``skip_layers``, IP-Adapters, LoRAs and
+What a pipeline asks of an engine that it cannot do is refused, and not ignored: ``skip_layers``, IP-Adapters, LoRAs and
 their scale (`mmdit-export --lora` merges them), a ControlNet's residuals that the engine has no input for, FLUX.2's KV
-cache, other types (an engine's precision was chosen when it was exported), ``enable_cache``, ``save_pretrained`` (see
-`mmdit_deploy.diffusers.refusals`).
+cache, other types (an engine's precision was chosen when it was exported), ``enable_cache``, ``save_pretrained``,
+copies (see `mmdit_deploy.diffusers.refusals`). It does not see what only looks for layers to hook: diffusers' functions
+``apply_taylorseer_cache``, ``apply_layerwise_casting`` and their like find none, and do nothing without a word. Modular
+pipelines were not tried.
 
 Batches, images and texts beyond the engine's ranges are refused too, by the name of the option to export with. Guidance
 in one batch (SD3) takes twice the images; guidance by two calls (FLUX's and Qwen-Image's ``true_cfg_scale``) does not.

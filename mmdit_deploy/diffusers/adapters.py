@@ -3,7 +3,7 @@
 | | `hidden_states` | timestep | positions |
 |---|---|---|---|
 | SD3 | a latent [B, C, H, W]: made tokens here, and the velocity a latent again | 0 to 1000 | none: made from H and W |
-| FLUX.1, FLUX.2 | packed by the pipeline | 0 to 1 | `img_ids`, `txt_ids` |
+| FLUX.1, FLUX.2 | packed by the pipeline | 0 to 1, divided in the latents' type | `img_ids`, `txt_ids` |
 | Qwen-Image | packed by the pipeline | 0 to 1 | `img_shapes`: frames, rows and columns of each image |
 """
 
@@ -58,6 +58,12 @@ def _residuals(call: Call) -> dict[str, Tensor]:
         rows, cols = _latent_grid(call)
         shape = (count, call.batch, rows * cols, call.spec.width)
         return {"block_controlnet_hidden_states": call.hidden_states.new_zeros(()).expand(shape)}
+    if len(given) != count:
+        raise UsageError(
+            f"this engine takes {count} residuals of a ControlNet, as it was exported",
+            received=f"{len(given)} residuals",
+            fix=f"mmdit-export … --controlnet {len(given)}" if len(given) else "leave the empty list out",
+        )
     return {"block_controlnet_hidden_states": torch.stack(tuple(given))}
 
 
@@ -73,7 +79,17 @@ def _sd3_sample(call: Call, sample: Tensor) -> Tensor:
 
 def _flux1_inputs(call: Call) -> dict[str, Tensor]:
     ids = {name: without_batch(call.arguments[name]) for name in ("img_ids", "txt_ids") if name in call.arguments}
-    return {"hidden_states": call.hidden_states, **ids}
+    time = {"timestep": _undivided(call.arguments["timestep"])} if "timestep" in call.arguments else {}
+    return {"hidden_states": call.hidden_states, **time, **ids}
+
+
+def _undivided(timestep: Tensor) -> Tensor:
+    """The timestep [batch], 0 to 1 in fp32, without the rounding of a division by 1000.
+
+    Pipelines divide in the timestep's type, their latents', and diffusers' class multiplies in the latents' again,
+    which undoes most of what that rounded: 752 in bf16 comes back as 752, and in fp32 as 753.9.
+    """
+    return (timestep * 1000).float() / 1000
 
 
 def _flux2_inputs(call: Call) -> dict[str, Tensor]:

@@ -20,7 +20,11 @@ _SAVE = (
     "MMDiTEngineTransformer.from_bundle(…) to the pipeline's from_pretrained as transformer="
 )
 _LOAD = "MMDiTEngineTransformer.from_bundle(path)"
-_OFFLOAD = "pipe.enable_model_cpu_offload(), which frees the engine between its uses"
+_OFFLOAD = (
+    'load the pipeline again, with pipe.enable_group_offload(…, exclude_modules="transformer"), or with '
+    "pipe.enable_model_cpu_offload(), which frees the engine between its uses"
+)
+_COPY = "load it again with MMDiTEngineTransformer.from_bundle(path), in each process"
 
 MISSING: Mapping[str, str] = {
     **dict.fromkeys(
@@ -35,14 +39,11 @@ MISSING: Mapping[str, str] = {
             "set_adapter",
             "set_adapters",
             "unfuse_lora",
-            "unload_lora",
         ),
         _LORA,
     ),
     **dict.fromkeys(("_load_ip_adapter_weights", "encoder_hid_proj", "image_proj"), _IP_ADAPTER),
-    **dict.fromkeys(
-        ("attn_processors", "set_attn_processor", "fuse_qkv_projections", "unfuse_qkv_projections"), _ATTENTION
-    ),
+    **dict.fromkeys(("set_attn_processor", "fuse_qkv_projections", "unfuse_qkv_projections"), _ATTENTION),
     **dict.fromkeys(
         (
             "disable_cache",
@@ -69,7 +70,7 @@ def missing(name: str) -> EnginePartError:
 
 def _refused(name: str, fix: str) -> Callable[..., NoReturn]:
     def method(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
-        raise UsageError(f"an engine is compiled, and has no parameters for {name}", received=f"{name}()", fix=fix)
+        raise UsageError(f"an engine is compiled: it has nothing for {name}", received=f"{name}()", fix=fix)
 
     method.__name__ = method.__qualname__ = name
     method.__doc__ = f"Refused: {fix}."
@@ -79,6 +80,8 @@ def _refused(name: str, fix: str) -> Callable[..., NoReturn]:
 class Compiled:
     """Methods of diffusers' models that an engine refuses. A mixin, before `ModelMixin`."""
 
+    __deepcopy__ = _refused("__deepcopy__", _COPY)
+    __reduce_ex__ = _refused("__reduce_ex__", _COPY)
     compile_repeated_blocks = _refused("compile_repeated_blocks", _LAYERS)
     dequantize = _refused("dequantize", "export the checkpoint again without quantization")
     enable_gradient_checkpointing = _refused("enable_gradient_checkpointing", "train diffusers' transformer")

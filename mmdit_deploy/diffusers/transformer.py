@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -15,21 +16,40 @@ from torch import Tensor, nn
 from mmdit_deploy.diffusers.adapter import Call
 from mmdit_deploy.diffusers.adapters import ADAPTERS
 from mmdit_deploy.diffusers.refusals import MISSING, Compiled, missing
+from mmdit_deploy.diffusers.text_fit import TextFit
 from mmdit_deploy.errors import MissingPackageError, UsageError
 from mmdit_deploy.families import config_of, family_of
 from mmdit_deploy.runtime import Engine
 from mmdit_deploy.runtime.split import RESIDENT
 
+
+def _no_diffusers(found: str) -> MissingPackageError:
+    install = "pip install 'mmdit-deploy[diffusers]'"
+    return MissingPackageError("diffusers", purpose="an engine in a pipeline", install=install, found=found)
+
+
 try:
+    import diffusers
     from diffusers.configuration_utils import FrozenDict
     from diffusers.models.modeling_utils import ModelMixin
 except ImportError as error:
-    raise MissingPackageError(
-        "diffusers",
-        purpose="an engine in a pipeline",
-        install="pip install 'mmdit-deploy[diffusers]'",
-        found=str(error),
-    ) from None
+    raise _no_diffusers(str(error)) from None
+
+
+def check_version(version: str) -> None:
+    """Check that diffusers calls its transformers as the adapters know it; older ones differ in places.
+
+    Args:
+        version: of diffusers, e.g. ``0.42.1``.
+
+    Raises:
+        MissingPackageError: it is older than 0.42.
+    """
+    if tuple(int(part) for part in version.split(".")[:2]) < (0, 42):
+        raise _no_diffusers(f"version {version}; 0.42 is the first that was tried")
+
+
+check_version(diffusers.__version__)
 
 
 class MMDiTEngineTransformer(Compiled, ModelMixin):  # type: ignore[misc]  # diffusers publishes no types
@@ -54,6 +74,8 @@ class MMDiTEngineTransformer(Compiled, ModelMixin):  # type: ignore[misc]  # dif
         self._dtype = getattr(torch, next(t.dtype for t in engine.contract.inputs if t.name == "hidden_states"))
         self._adapter = ADAPTERS[family_of(self._spec).name]
         self._config = FrozenDict(config_of(self._spec))
+        self._residence = threading.RLock()  # threads load and free one engine, once
+        self._text_fit = TextFit(self._dtype)
 
     @classmethod
     def from_bundle(
@@ -100,8 +122,8 @@ class MMDiTEngineTransformer(Compiled, ModelMixin):  # type: ignore[misc]  # dif
 
     @property
     def device(self) -> torch.device:
-        """Where the engine runs, also while it is freed."""
-        return self._device
+        """Where the engine is: on its device, or, while it is freed, on the CPU."""
+        return torch.device("cpu") if self._engine is None else self._device
 
     @property
     def inner_dim(self) -> int:
@@ -115,8 +137,19 @@ class MMDiTEngineTransformer(Compiled, ModelMixin):  # type: ignore[misc]  # dif
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """One, without a value: accelerate's hooks ask a model's first parameter where the model is."""
-        where = torch.device("cpu") if self._engine is None else self._device
-        yield nn.Parameter(torch.empty(0, dtype=self._dtype, device=where), requires_grad=False)
+        yield nn.Parameter(torch.empty(0, dtype=self._dtype, device=self.device), requires_grad=False)
+
+    @property
+    def attn_processors(self) -> NoReturn:
+        """Refused: IP-Adapters and perturbed attention look for attention's layers here."""
+        raise UsageError(  # no `AttributeError`: within pipelines' properties that would become another
+            "an engine has no attn_processors: attention is compiled in",
+            received="transformer.attn_processors",
+            fix="run the pipeline without an IP-Adapter and perturbed attention, or with diffusers' transformer",
+        )
+
+    def unload_lora(self) -> None:
+        """Nothing is loaded besides what was merged at export, so that pipelines may clean up between requests."""
 
     def forward(
         self,
@@ -141,10 +174,11 @@ class MMDiTEngineTransformer(Compiled, ModelMixin):  # type: ignore[misc]  # dif
 
         Raises:
             UsageError: an argument is not known, or asks for what an engine cannot do.
-            ContractError: a tensor is out of the engine's ranges, or on another device.
+            ContractError: a tensor is out of the engine's ranges, on another device, or text beyond its type.
         """
         given = {"encoder_hidden_states": encoder_hidden_states, **arguments}
         call = Call(self._spec, self._contract, hidden_states, {name: v for name, v in given.items() if v is not None})
+        self._text_fit.check(call.arguments)
         inputs = self._adapter.inputs(call)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs.values()):
             raise UsageError(
@@ -179,8 +213,9 @@ class MMDiTEngineTransformer(Compiled, ModelMixin):  # type: ignore[misc]  # dif
             raise UsageError(
                 f"this engine computes in {ours}: its type was chosen when it was exported",
                 received=f"to({dtype})",
-                fix=f"name no type, or that one: dtype={ours} to the pipeline's from_pretrained and from_pipe; "
-                "export the checkpoint again for another",
+                fix=f"name no type, or that one: dtype={ours} to the pipeline's from_pretrained and from_pipe (which "
+                f"may have cast what the first pipeline shares: pipe.to({ours}) sets it right); export the checkpoint "
+                "again for another",
             )
         if device is None or self._is_here(device):
             if device is not None:
@@ -215,6 +250,14 @@ class MMDiTEngineTransformer(Compiled, ModelMixin):  # type: ignore[misc]  # dif
         """`to` bf16."""
         return self.to(torch.bfloat16)
 
+    def double(self) -> MMDiTEngineTransformer:
+        """`to` fp64."""
+        return self.to(torch.float64)
+
+    def type(self, dst_type: torch.dtype | str) -> MMDiTEngineTransformer:
+        """`to` a type."""
+        return self.to(dst_type if isinstance(dst_type, torch.dtype) else torch.empty(0).type(dst_type).dtype)
+
     def extra_repr(self) -> str:
         """What it is, in a line."""
         return f"{self._spec.name}, {self._target}, {self._dtype} on {self._device}"
@@ -230,18 +273,21 @@ class MMDiTEngineTransformer(Compiled, ModelMixin):  # type: ignore[misc]  # dif
         return device.type == self._device.type and same
 
     def _free(self) -> None:
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
+        with self._residence:
+            if self._engine is not None:
+                self._engine.close()
+                self._engine = None
 
     def _loaded(self, device: torch.device) -> Engine:
         """The engine, loaded again where it was freed and is called on its device."""
-        if self._engine is None:
-            if self._load is None or not self._is_here(device):
-                raise UsageError(
-                    f"this {self._target} engine runs on {self._device}",
-                    received=f'inputs on {device}, after to("cpu") freed the engine',
-                    fix=f'pipe.to("{self._device}"), or from_bundle(path, target="ort-cpu") of a bundle that has one',
-                )
-            self._engine = self._load()
-        return self._engine
+        with self._residence:
+            if self._engine is None:
+                if self._load is None or not self._is_here(device):
+                    raise UsageError(
+                        f"this {self._target} engine runs on {self._device}",
+                        received=f'inputs on {device}, after to("cpu") freed the engine',
+                        fix=f'pipe.to("{self._device}"), or from_bundle(path, target="ort-cpu") of a bundle that has '
+                        "one",
+                    )
+                self._engine = self._load()
+            return self._engine

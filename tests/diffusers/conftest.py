@@ -64,7 +64,7 @@ MODELS: Mapping[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Tiny:
-    """A tiny transformer of diffusers, and the same as a bundle for ort-cpu in fp32."""
+    """A tiny transformer of diffusers, and the same as a bundle for ort-cpu."""
 
     name: str
     original: Any
@@ -84,13 +84,13 @@ def with_random_weights(model: Any) -> Any:
 @pytest.fixture(scope="session")
 def tiny(
     traced_once: Callable[[], AbstractContextManager[object]], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Tiny]:
-    """``tiny(name)``: one of `MODELS` and its bundle; not to be changed."""
+) -> Callable[..., Tiny]:
+    """``tiny(name, precision="fp32")``: one of `MODELS` and its bundle; not to be changed."""
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("onnxruntime")
 
     @functools.cache
-    def make(name: str) -> Tiny:
+    def make(name: str, precision: str = "fp32") -> Tiny:
         class_name, config, options = MODELS[name]
         model = with_random_weights(getattr(diffusers, class_name)(**config))
         folder = tmp_path_factory.mktemp(name)
@@ -99,7 +99,7 @@ def tiny(
         spec = dataclasses.replace(spec, residuals=options.get("residuals", 0))
         split = {name: value for name, value in options.items() if name == "split_conditioning"}
         request = ExportRequest(
-            spec, source, PRECISIONS["fp32"], out=folder / "bundle", ranges=RANGES, verify=False, **split
+            spec, source, PRECISIONS[precision], out=folder / "bundle", ranges=RANGES, verify=False, **split
         )
         with traced_once():
             export(request)
@@ -235,8 +235,8 @@ def controlnet() -> Callable[[bool], Any]:
 
 
 @pytest.fixture(scope="session")
-def engine_of(tiny: Callable[[str], Tiny]) -> Callable[[str], Any]:
-    """``engine_of(name)``: the bundle's engine as a pipeline's transformer."""
+def engine_of(tiny: Callable[..., Tiny]) -> Callable[..., Any]:
+    """``engine_of(name, precision="fp32")``: the bundle's engine as a pipeline's transformer."""
     from mmdit_deploy.diffusers import MMDiTEngineTransformer
 
-    return functools.cache(lambda name: MMDiTEngineTransformer.from_bundle(tiny(name).bundle, "ort-cpu"))
+    return functools.cache(lambda *model: MMDiTEngineTransformer.from_bundle(tiny(*model).bundle, "ort-cpu"))

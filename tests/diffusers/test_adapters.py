@@ -15,7 +15,7 @@ from mmdit_deploy.contract import Contract, Range
 from mmdit_deploy.diffusers.adapter import Call
 from mmdit_deploy.diffusers.adapters import ADAPTERS
 from mmdit_deploy.errors import ContractError, UsageError
-from mmdit_deploy.families import FAMILIES, position_ids
+from mmdit_deploy.families import FAMILIES, config_of, position_ids
 from mmdit_deploy.spec import PRECISIONS, ModelSpec
 
 RANGES = {"batch": Range(1, 2, 4), "img_tokens": Range(1, 16, 256), "txt_tokens": Range(1, 8, 16)}
@@ -88,6 +88,33 @@ def test_what_is_made_is_what_the_contract_says(family: str, specs: Mapping[str,
 def test_one_timestep_is_every_samples(family: str, specs: Mapping[str, ModelSpec]) -> None:
     for timestep in (torch.tensor(7), torch.tensor([7.0])):
         assert inputs_for(specs[family], timestep=timestep)["timestep"].tolist() == [7.0, 7.0]
+
+
+@pytest.mark.parametrize("family", ["flux1", "flux2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_timestep_is_what_diffusers_class_computes_with(
+    family: str, dtype: torch.dtype, specs: Mapping[str, ModelSpec]
+) -> None:
+    """The pipeline divides by 1000, the class multiplies again, both in the latents' type."""
+    diffusers = pytest.importorskip("diffusers")
+    spec = specs[family]
+    model = getattr(diffusers, FAMILIES[family].config_class)(**config_of(spec)).to(dtype)
+    embedding = model.time_text_embed if family == "flux1" else model.time_guidance_embed
+    seen: list[Tensor] = []
+
+    def look(module: Any, arguments: tuple[Any, ...]) -> None:
+        seen.append(arguments[0].float())
+        raise StopIteration
+
+    embedding.register_forward_pre_hook(look)
+    divided = torch.arange(1, 1001).to(dtype) / 1000
+    arguments = {**arguments_for(spec), "timestep": divided}
+    hidden = hidden_states(spec, 1000).to(dtype)
+    with pytest.raises(StopIteration), torch.no_grad():
+        model(hidden, **{n: t.to(dtype) if n == "encoder_hidden_states" else t for n, t in arguments.items()})
+    received = inputs_for(spec, hidden, timestep=divided)["timestep"] * 1000
+    assert (received - seen[0]).abs().max() <= 1e-4
+    assert dtype == torch.float32 or (divided.float() * 1000 - seen[0]).abs().max() > 0.2
 
 
 def test_a_latent_is_tokens_in_channel_row_column_order(specs: Mapping[str, ModelSpec]) -> None:
@@ -178,8 +205,9 @@ def test_residuals_of_a_controlnet_are_one_tensor(tiny_families: Mapping[str, Mo
     without = inputs_for(spec)
     assert not without["block_controlnet_hidden_states"].any()
     contract_of(spec).check(shapes(without))
-    with pytest.raises(ContractError, match="block_controlnet_hidden_states"):
-        contract_of(spec).check(shapes(inputs_for(spec, block_controlnet_hidden_states=residuals[:1])))
+    for given, words in ((residuals[:1], "takes 2 residuals[^$]*--controlnet 1"), ([], "leave the empty list out")):
+        with pytest.raises(UsageError, match=words):
+            inputs_for(spec, block_controlnet_hidden_states=given)
 
 
 def test_residuals_without_an_input_are_refused(specs: Mapping[str, ModelSpec]) -> None:

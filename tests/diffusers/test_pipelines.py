@@ -7,6 +7,7 @@ are theirs in both. Prompts are given embedded, so that no text encoder is neede
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,6 @@ import torch
 from torch import Tensor
 
 from mmdit_deploy.diffusers.adapters import ADAPTERS
-from mmdit_deploy.diffusers.refusals import MISSING
 from mmdit_deploy.errors import ContractError
 from mmdit_deploy.families import FAMILIES
 from mmdit_deploy.verify.metrics import compare
@@ -222,7 +222,7 @@ RARER = ("flux1-schnell", "flux1-control", "qwen-image-edit-2511", "sd3-controln
     "name", [pytest.param(name, marks=[pytest.mark.soak] * (use.model in RARER)) for name, use in USES.items()]
 )
 def test_images_agree(
-    name: str, tiny: Callable[[str], Any], engine_of: Callable[[str], Any], make_images: Callable[..., Any]
+    name: str, tiny: Callable[..., Any], engine_of: Callable[..., Any], make_images: Callable[..., Any]
 ) -> None:
     use = USES[name]
     expected, expected_steps = make_images(use, tiny(use.model).original)
@@ -231,6 +231,50 @@ def test_images_agree(
     assert steps.shape == expected_steps.shape
     assert compare(steps[-1], expected_steps[-1]).rel_l2 <= MAX_REL_L2
     assert (images - expected).abs().max() <= MAX_PIXEL
+
+
+IN_16_BIT = {  # few steps, in which a wrong timestep shows
+    "sd3": Use("StableDiffusion3Pipeline", "sd3", {**WIDE, "guidance_scale": 1.0}),
+    "flux1": Use("FluxPipeline", "flux1", {**WIDE, "guidance_scale": 3.5}),
+    "flux2": Use("Flux2Pipeline", "flux2", LARGER),
+    "qwen-image": Use("QwenImagePipeline", "qwen-image", WIDE),
+}
+# Other roundings of the same size end a little further off, or nearer: measured 0.17 (FLUX.1 in bf16, where diffusers
+# rounds the guidance) to 1.02. With the timestep as the pipeline gives it, FLUX.2 in bf16 is at 1.57.
+NO_FURTHER = 1.1
+IN_MAKE_TEST = {("flux2", "bf16")}
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        pytest.param(name, precision, marks=[pytest.mark.soak] * ((name, precision) not in IN_MAKE_TEST))
+        for name in IN_16_BIT
+        for precision in ("fp16", "bf16")
+    ],
+)
+def test_a_16_bit_pipeline_is_no_further_from_fp32_than_with_diffusers_transformer(
+    name: str,
+    precision: str,
+    tiny: Callable[..., Any],
+    engine_of: Callable[..., Any],
+    pipeline: Callable[..., Any],
+    prompts: Callable[..., dict[str, Tensor]],
+) -> None:
+    use = IN_16_BIT[name]
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+
+    def latent(transformer: Any, dtype: torch.dtype) -> Tensor:
+        embedded = {n: t.to(dtype) if t.is_floating_point() else t for n, t in prompts(use.family).items()}
+        more = {"num_inference_steps": 4, "output_type": "latent", "generator": torch.Generator().manual_seed(1)}
+        pipe = pipeline(use.pipeline, transformer, use.family)
+        return pipe(**embedded, **more, **use.call).images.float()  # type: ignore[no-any-return]
+
+    original = tiny(name, precision).original
+    best = latent(original, torch.float32)
+    theirs = latent(copy.deepcopy(original).to(dtype), dtype)
+    ours = latent(engine_of(name, precision), dtype)
+    assert compare(ours, best).rel_l2 <= NO_FURTHER * compare(theirs, best).rel_l2
 
 
 def test_every_pipeline_of_these_transformers_is_shown_or_known_not_to_work() -> None:
@@ -245,8 +289,8 @@ def test_every_pipeline_of_these_transformers_is_shown_or_known_not_to_work() ->
         "StableDiffusion3PAGPipeline": "attn_processors",
         "StableDiffusion3PAGImg2ImgPipeline": "attn_processors",
     }
-    known = {name for adapter in ADAPTERS.values() for name in adapter.arguments} | set(MISSING)
-    assert set(refused.values()) <= known
+    known = {name for adapter in ADAPTERS.values() for name in adapter.arguments}
+    assert set(refused.values()) - known == {"attn_processors"}  # called in test_transformer.py
     classes = {family.config_class for family in FAMILIES.values()}
     theirs = set()
     for name in dir(diffusers):
@@ -258,7 +302,7 @@ def test_every_pipeline_of_these_transformers_is_shown_or_known_not_to_work() ->
 
 
 def test_a_callback_changes_what_follows(
-    tiny: Callable[[str], Any], engine_of: Callable[[str], Any], make_images: Callable[..., Any]
+    tiny: Callable[..., Any], engine_of: Callable[..., Any], make_images: Callable[..., Any]
 ) -> None:
     def half(pipe: Any, step: int, time: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"latents": tensors["latents"] * 0.5, "prompt_embeds": tensors["prompt_embeds"] * 0.9}
@@ -288,8 +332,8 @@ def test_a_wrong_input_is_seen(
     name: str,
     tensor: str,
     change: Callable[[Tensor], Tensor],
-    tiny: Callable[[str], Any],
-    engine_of: Callable[[str], Any],
+    tiny: Callable[..., Any],
+    engine_of: Callable[..., Any],
     make_images: Callable[..., Any],
 ) -> None:
     """Agreement that a wrong input does not break would show nothing."""
@@ -305,7 +349,7 @@ def test_a_wrong_input_is_seen(
     assert compare(received[-1], expected[-1]).rel_l2 > 10 * MAX_REL_L2
 
 
-def test_a_batch_beyond_the_engine_names_the_option(engine_of: Callable[[str], Any], make_images: Any) -> None:
+def test_a_batch_beyond_the_engine_names_the_option(engine_of: Callable[..., Any], make_images: Any) -> None:
     use = Use("StableDiffusion3Pipeline", "sd3", {**WIDE, "num_images_per_prompt": 4}, texts=("a cat",))
     with pytest.raises(ContractError, match=r"batch must be 1 to 6[^$]*received: 8[^$]*--batch 1:2:8"):
         make_images(use, engine_of("sd3"))  # guidance in one batch doubles it
@@ -313,7 +357,7 @@ def test_a_batch_beyond_the_engine_names_the_option(engine_of: Callable[[str], A
 
 
 def test_the_attribute_of_a_pipeline_is_replaced(
-    tiny: Callable[[str], Any], engine_of: Callable[[str], Any], pipeline: Any, prompts: Any
+    tiny: Callable[..., Any], engine_of: Callable[..., Any], pipeline: Any, prompts: Any
 ) -> None:
     pipe = pipeline("StableDiffusion3Pipeline", tiny("sd3").original, "sd3")
     arguments = {**prompts("sd3", negative=True), **WIDE, **STEPS, "output_type": "pt"}

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
+import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,12 +20,13 @@ from torch import Tensor, nn
 
 from mmdit_deploy.contract import Contract
 from mmdit_deploy.diffusers.refusals import MISSING, Compiled
-from mmdit_deploy.errors import UsageError
+from mmdit_deploy.errors import ContractError, MissingPackageError, UsageError
 from mmdit_deploy.spec import PRECISIONS, ModelSpec
 
 diffusers = pytest.importorskip("diffusers")
 
 from mmdit_deploy.diffusers import MMDiTEngineTransformer  # noqa: E402
+from mmdit_deploy.diffusers.transformer import check_version  # noqa: E402
 from mmdit_deploy.runtime import Engine  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -129,6 +135,31 @@ def test_types_are_converted_to_the_engines_and_back(tiny_spec: ModelSpec) -> No
     }
 
 
+@pytest.mark.parametrize("name", ["encoder_hidden_states", "pooled_projections"])
+def test_text_beyond_an_fp16_engine_is_refused(tiny_spec: ModelSpec, name: str) -> None:
+    """As infinity it would make a black image. Each tensor is looked at once, for that waits for a GPU."""
+    transformer = transformer_of(StubEngine(tiny_spec, precision="fp16"))
+    width = tiny_spec.txt_dim if name == "encoder_hidden_states" else tiny_spec.pooled_dim
+    text = torch.ones(2, *([5] * (name == "encoder_hidden_states")), width, dtype=torch.bfloat16)
+    looked: list[Tensor] = []
+    amax = Tensor.amax
+    with mock.patch.object(Tensor, "amax", lambda tensor: looked.append(tensor) or amax(tensor)):
+        other = text * 2  # of the negative prompt, in a call of its own
+        for given in (text, other) * 3:
+            call(transformer, dtype=torch.float16, **{name: given})
+        assert len(looked) == 2
+        other.mul_(1.5)
+        call(transformer, dtype=torch.float16, **{name: other})
+        with torch.inference_mode():
+            call(transformer, dtype=torch.float16, **{name: text + 1})
+    assert len(looked) == 4
+    large = text.clone()
+    large[1, ..., 3] = -1e5
+    with pytest.raises(ContractError, match=rf"{name} fits[^$]*65504[^$]*bfloat16 with 9\.984e[^$]*--bf16"):
+        call(transformer, **{name: large})
+    call(transformer_of(StubEngine(tiny_spec, precision="bf16")), **{name: large})
+
+
 def test_gradients_are_refused(sd3: Any) -> None:
     latent = torch.ones(1, 4, 32, 32, requires_grad=True)
     with pytest.raises(UsageError, match="gradients"):
@@ -138,7 +169,15 @@ def test_gradients_are_refused(sd3: Any) -> None:
 def test_an_engines_type_is_its_own(pipe: Any) -> None:
     assert pipe.transformer.dtype == torch.float32
     assert pipe.to(torch.float32) is pipe and pipe.transformer.float() is pipe.transformer
-    for change in (pipe.transformer.half, pipe.transformer.bfloat16, lambda: pipe.to("cpu", torch.float16)):
+    assert pipe.transformer.type(torch.float32) is pipe.transformer.type("torch.FloatTensor") is pipe.transformer
+    ours = pipe.transformer
+    for change in (
+        ours.half,
+        ours.bfloat16,
+        ours.double,
+        lambda: ours.type(torch.float16),
+        lambda: pipe.to("cpu", torch.float16),
+    ):
         with pytest.raises(UsageError, match=r"computes in torch\.float32[^$]*dtype=torch\.float32"):
             change()
 
@@ -159,15 +198,30 @@ def test_the_cpu_frees_an_engine_of_a_gpu_which_comes_back(tiny_spec: ModelSpec)
 
     transformer = transformer_of(engines[0], load)
     transformer.to("cpu")
-    assert engines[0].closed and transformer.engine is None and transformer.device == ELSEWHERE
+    assert engines[0].closed and transformer.engine is None and transformer.device == CPU
     transformer.to("cpu")
     transformer.to(ELSEWHERE)
-    assert len(engines) == 2 and transformer.engine is engines[1]
+    assert len(engines) == 2 and transformer.engine is engines[1] and transformer.device == ELSEWHERE
     transformer.to("cpu")
     with pytest.raises(UsageError, match=r"inputs on cpu[^$]*ort-cpu"):
         call(transformer)
     call(transformer, ELSEWHERE)  # sequential offload asks for no device
     assert len(engines) == 3 and not engines[2].closed
+
+
+def test_a_freed_engine_is_loaded_once_for_all_threads(tiny_spec: ModelSpec) -> None:
+    loads: list[StubEngine] = []
+
+    def load() -> StubEngine:
+        time.sleep(0.05)
+        loads.append(StubEngine(tiny_spec, device=ELSEWHERE, target="ort-cuda"))
+        return loads[-1]
+
+    transformer = transformer_of(StubEngine(tiny_spec, device=ELSEWHERE, target="ort-cuda"), load).to("cpu")
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(call, transformer, ELSEWHERE) for _ in range(4)]:
+            done.result()
+    assert len(loads) == 1 and len(loads[0].given) == 4
 
 
 def test_an_engine_that_cannot_be_loaded_again_stays(tiny_spec: ModelSpec) -> None:
@@ -217,6 +271,19 @@ def test_every_bundle_option_reaches_the_engine(monkeypatch: pytest.MonkeyPatch,
         ("b", "auto", {"device": "cuda", "specialize": "eager", "verify": True}),
         ("bundle", "ort-cuda", {"device": ELSEWHERE, "specialize": "eager", "verify": False}),
     ]
+
+
+def test_an_engine_is_not_copied(sd3: Any) -> None:
+    for make in (copy.deepcopy, copy.copy, pickle.dumps):
+        with pytest.raises(UsageError, match="in each process"):
+            make(sd3)
+
+
+def test_an_older_diffusers_is_refused() -> None:
+    check_version(diffusers.__version__)
+    check_version("1.0.0.dev0")
+    with pytest.raises(MissingPackageError, match=r"version 0\.36\.0[^$]*mmdit-deploy\[diffusers\]"):
+        check_version("0.36.0")
 
 
 @pytest.mark.parametrize("name", [name for name in vars(Compiled) if not name.startswith("_")])
@@ -289,6 +356,7 @@ def test_what_pipelines_ask_for_is_refused_from_within(
         ({"skip_guidance_layers": [0], "skip_layer_guidance_stop": 1.0}, "skip_layers"),
         ({"joint_attention_kwargs": {"scale": 0.7}}, "--lora"),
         ({"ip_adapter_image_embeds": torch.ones(2, 1, 4)}, "IP-Adapter"),
+        ({"ip_adapter_image": torch.ones(1, 3, 8, 8)}, "IP-Adapter"),
     ):
         with pytest.raises(UsageError, match=words):
             small(pipe, embedded, **arguments)
@@ -300,6 +368,17 @@ def test_a_flux_ip_adapter_is_refused(
     pipe = pipeline("FluxPipeline", transformer_of(StubEngine(tiny_families["flux1"])), "flux1")
     with pytest.raises(UsageError, match="IP-Adapter"):
         small(pipe, prompts("flux1"), ip_adapter_image_embeds=[torch.ones(1, 1, 4)])
+
+
+@pytest.mark.parametrize("class_name", ["StableDiffusion3PAGPipeline", "StableDiffusion3PAGImg2ImgPipeline"])
+def test_perturbed_attention_is_refused(
+    class_name: str, pipeline: Callable[..., Any], prompts: Any, tiny_spec: ModelSpec
+) -> None:
+    spec = dataclasses.replace(tiny_spec, latent_channels=16, out_channels=16, pooled_dim=20)
+    pipe = pipeline(class_name, transformer_of(StubEngine(spec)), "sd3")
+    more = {"image": torch.ones(1, 3, 32, 32)} if "Img2Img" in class_name else {}
+    with pytest.raises(UsageError, match="perturbed attention"):
+        small(pipe, prompts("sd3", negative=True), pag_scale=1.0, **more)
 
 
 @pytest.mark.parametrize(("class_name", "family"), [("StableDiffusion3Pipeline", "sd3"), ("FluxPipeline", "flux1")])
@@ -314,3 +393,20 @@ def test_a_lora_of_the_pipeline_is_refused(
     }
     with pytest.raises(UsageError, match="--lora FILE:SCALE"):
         pipe.load_lora_weights(lora)
+    pipe.unload_lora_weights()  # as services do between requests: there is nothing to unload
+
+
+def test_group_offload_leaves_the_engine_out(
+    pipeline: Callable[..., Any], prompts: Any, tiny_families: Mapping[str, ModelSpec]
+) -> None:
+    spec = dataclasses.replace(tiny_families["flux1"], latent_channels=4, out_channels=4, pooled_dim=20)
+
+    def pipe() -> Any:
+        return pipeline("FluxPipeline", transformer_of(StubEngine(spec)), "flux1")
+
+    options = {"onload_device": CPU, "offload_device": CPU, "offload_type": "leaf_level"}
+    with pytest.raises(UsageError, match=r'exclude_modules="transformer"'):
+        pipe().enable_group_offload(**options)
+    offloaded = pipe()
+    offloaded.enable_group_offload(**options, exclude_modules="transformer")
+    small(offloaded, prompts("flux1"))
