@@ -201,7 +201,7 @@ def test_a_gpu_without_room_does_not_cost_the_engines(
 ) -> None:
     """Its graph is verified, and the rest is for a later run of mmdit-verify, which is no success either."""
 
-    def no_room(*_: object) -> None:
+    def no_room(*_: object, **__: object) -> None:
         raise MachineError("the engine rtx:sm89 must fit into the GPU's memory", received="1 GB are free")
 
     monkeypatch.setattr("mmdit_deploy.verify.whole.check_runs_here", lambda *_: None)

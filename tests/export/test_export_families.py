@@ -20,6 +20,7 @@ from mmdit_deploy.cli import verify as verify_command
 from mmdit_deploy.contract import TOKENS
 from mmdit_deploy.errors import ContractError, UsageError
 from mmdit_deploy.export import ExportRequest
+from mmdit_deploy.export.request_checks import check_request
 from mmdit_deploy.model import MMDiT, calls
 from mmdit_deploy.runtime import Engine, engine_files
 from mmdit_deploy.spec import PRECISIONS, ModelSpec
@@ -171,7 +172,7 @@ def test_an_output_that_is_none_of_the_blocks_is_refused(tiny_families: Families
     for outputs in (("single_blocks.4",), ("single_blocks.0", "single_blocks.0"), ("join",)):
         request = ExportRequest(tiny_families["flux1"], RandomWeights(0), PRECISIONS["fp16"], outputs=outputs)
         with pytest.raises(UsageError, match=r"blocks\.1, single_blocks\.0 to single_blocks\.3, each once"):
-            request.check()
+            check_request(request)
 
 
 @pytest.mark.parametrize(

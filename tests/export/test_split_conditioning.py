@@ -111,8 +111,8 @@ def test_released_conditioning_is_in_memory_in_condition_alone(
     loaded: list[str] = []
 
     class Counted(runner.OrtRunner):
-        def __init__(self, graph: Path, *arguments: Any):
-            super().__init__(graph, *arguments)
+        def __init__(self, graph: Path, *arguments: Any, **options: Any):
+            super().__init__(graph, *arguments, **options)
             self.name = graph.name
             loaded.append(self.name)
 
@@ -133,6 +133,18 @@ def test_released_conditioning_is_in_memory_in_condition_alone(
         assert sorted(loaded) == ["conditioning.ort.onnx", "trunk.ort.onnx"]
     with pytest.raises(UsageError, match="resident"):
         Engine.load(bundles["two"].path, conditioning="gone")
+
+
+def test_threads_of_a_part_leave_the_cores_to_the_other(bundles: Mapping[str, Any]) -> None:
+    """A call with all inputs runs both; threads that spin after the first would slow the second."""
+    with Engine.load(bundles["one"].path) as one, Engine.load(bundles["two"].path) as two:
+        stops = [
+            runner._session.get_session_options().get_session_config_entry("session.force_spinning_stop")
+            for runner in (two._runner, two._conditioner._runner)
+        ]
+        assert stops == ["1", "1"]
+        with pytest.raises(RuntimeError):
+            one._runner._session.get_session_options().get_session_config_entry("session.force_spinning_stop")
 
 
 def test_an_engine_that_was_closed_makes_no_table(

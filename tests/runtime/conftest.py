@@ -11,7 +11,7 @@ import ctypes
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mmdit_deploy.build import RTX, TENSORRT, EngineRecord, SegmentRecord
 from mmdit_deploy.checkpoint.weights import RandomWeights
-from mmdit_deploy.contract import Contract, Profile, Range, TensorSpec
+from mmdit_deploy.contract import TABLE, Contract, Profile, Range, SplitContract, TensorSpec
 from mmdit_deploy.export import ExportRequest, export
 from mmdit_deploy.runtime import TensorRTEngine
 from mmdit_deploy.runtime.tensorrt import _Held
@@ -39,26 +39,33 @@ Y = TensorSpec("sample", ("batch", "img_tokens", 3), "float32")
 RANGES = {"batch": Range(1, 2, 4), "img_tokens": Range(2, 8, 64), "txt_tokens": Range(2, 4, 8)}
 NARROW = {**RANGES, "img_tokens": Range(8, 8, 16)}
 # c is read by the last segment only, h by the one after it; the tap is an output that a later segment reads too.
-CHAIN = (((X, T), (H, C)), ((H,), (TAP, G)), ((G, C, TAP, X), (Y,)))
+Segments = Sequence[tuple[Sequence[TensorSpec], Sequence[TensorSpec]]]
+CHAIN: Segments = (((X, T), (H, C)), ((H,), (TAP, G)), ((G, C, TAP, X), (Y,)))
 CONTRACT = Contract((X, T), (Y, TAP), RANGES)
+# The same model in two parts: T becomes a row of the table, which the trunk's first and last segments read.
+M = TensorSpec(TABLE, ("batch", 3), "float32")
+CONDITIONING = (((T,), (M,)),)
+TRUNK = (((X, M), (H, C)), ((H,), (TAP, G)), ((G, C, TAP, X, M), (Y,)))
+SPLIT = SplitContract(Contract((T,), (M,), {"batch": Range(1, 2, 16)}), Contract((X, M), (Y, TAP), RANGES))
 VERSION = "1.7.1.116"
 NAMES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
 
 
 def fake_segment(inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
-    """What a fake engine computes: every output depends on every input, on its name, and on the place."""
-    total = sum(t.double().mean().item() * (1 + len(name)) for name, t in sorted(inputs.items()))
+    """What a fake engine computes: of a sample, every output depends on every input, on its name, and on the place."""
+    means = [t.double().flatten(1).mean(1) if t.dim() > 1 else t.double() for _, t in sorted(inputs.items())]
+    total = sum(mean * (1 + len(name)) for name, mean in zip(sorted(inputs), means, strict=True))
     for name, tensor in outputs.items():
-        place = torch.arange(tensor.numel(), dtype=torch.float64).reshape(tensor.shape) / tensor.numel()
-        tensor.copy_(place + total / 8 + len(name) / 16)
+        place = torch.arange(tensor[0].numel(), dtype=torch.float64) / tensor[0].numel()
+        tensor.copy_((place + total[:, None] / 8 + len(name) / 16).reshape(tensor.shape))
 
 
-def expected(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def expected(inputs: Mapping[str, Tensor], segments: Segments = CHAIN) -> dict[str, Tensor]:
     """What the chain gives, computed without any runtime."""
     batch, img_tokens = inputs["hidden_states"].shape[:2]
     sizes = {"batch": batch, "img_tokens": img_tokens, "txt_tokens": 4}
     live = dict(inputs)
-    for reads, writes in CHAIN:
+    for reads, writes in segments:
         made = {s.name: torch.empty(s.shape(sizes), dtype=getattr(torch, s.dtype)) for s in writes}
         fake_segment({s.name: live[s.name] for s in reads}, made)
         live |= made
@@ -389,7 +396,8 @@ def build(tmp_path: Path) -> Callable[..., tuple[EngineRecord, list[Path]]]:
     """Writes fake engine files, and what was built.
 
     ``build(target="rtx:sm89", profiles=(RANGES,), version=…, capabilities=…, change=lambda content: None)``; `change`
-    edits each file's content, so that it is not what the record says.
+    edits each file's content, so that it is not what the record says. `part` names the files of one part of a model,
+    whose `segments` these are.
     """
 
     def written(
@@ -398,30 +406,29 @@ def build(tmp_path: Path) -> Callable[..., tuple[EngineRecord, list[Path]]]:
         version: str = VERSION,
         capabilities: tuple[str, ...] = ("8.9",),
         change: Callable[[dict[str, Any]], object] = lambda content: None,
+        segments: Segments = CHAIN,
+        part: str = "segment",
     ) -> tuple[EngineRecord, list[Path]]:
         folder = tmp_path / "engines" / target.replace(":", "-")
         folder.mkdir(parents=True, exist_ok=True)
-        segments, files = [], []
-        for i, (reads, writes) in enumerate(CHAIN):
+        records, files = [], []
+        for i, (reads, writes) in enumerate(segments):
             content: dict[str, Any] = {
-                "name": f"segment-{i}",
+                "name": f"{part}-{i}",
                 "workspace": 1000 + i,
                 "inputs": [s.to_json() for s in reads],
                 "outputs": [s.to_json() for s in writes],
                 "profiles": [{axis: [r.min, r.opt, r.max] for axis, r in p.items()} for p in profiles],
             }
             change(content)
-            file = folder / f"segment-{i}.engine"
+            file = folder / f"{part}-{i}.engine"
             file.write_text(json.dumps(content))
             files.append(file)
-            segments.append(
-                SegmentRecord(
-                    str(file.relative_to(tmp_path)), file.stat().st_size, (f"call.{i}",), reads, writes, {}, {}, {}, 0.0
-                )
-            )
+            place, size = str(file.relative_to(tmp_path)), file.stat().st_size
+            records.append(SegmentRecord(place, size, (f"call.{i}",), tuple(reads), tuple(writes), {}, {}, {}, 0.0))
         flavour = RTX if target.startswith("rtx") else TENSORRT
         record = EngineRecord(
-            target, flavour.name, version, capabilities, "how", "fused", tuple(profiles), tuple(segments)
+            target, flavour.name, version, capabilities, "how", "fused", tuple(profiles), tuple(records)
         )
         return record, files
 
@@ -430,23 +437,28 @@ def build(tmp_path: Path) -> Callable[..., tuple[EngineRecord, list[Path]]]:
 
 @pytest.fixture
 def bundled(tmp_path: Path) -> Callable[..., Any]:
-    """``bundled({"rtx:sm89": record, "ort-cpu": None})``: what is asked of a bundle about its engines."""
+    """``bundled({"rtx:sm89": record, "ort-cpu": None})``: what is asked of a bundle about its engines.
 
-    def made(engines: Mapping[str, EngineRecord | None]) -> Any:
+    With ``conditioning=record`` these are of the trunk of a model in two parts.
+    """
+
+    def entry(name: str, record: EngineRecord | None) -> dict[str, Any]:
+        if record is None:
+            return {"graph": f"{name}.onnx"}
+        return {"graph": "model.onnx", **json.loads(json.dumps(record.to_json()))}
+
+    def made(engines: Mapping[str, EngineRecord | None], conditioning: EngineRecord | None = None) -> Any:
+        other = {} if conditioning is None else {"conditioning": entry("", conditioning)}
         fields = {
-            "engines": {
-                name: {"graph": f"{name}.onnx"}
-                if record is None
-                else {"graph": "model.onnx", **json.loads(json.dumps(record.to_json()))}
-                for name, record in engines.items()
-            },
+            "engines": {name: {**entry(name, record), **other} for name, record in engines.items()},
             "spec": {"name": "tiny"},
             "precision": "fp16",
             "contract": CONTRACT.to_json(),
         }
         manifest = SimpleNamespace(fields=fields)
+        split = None if conditioning is None else SPLIT
         return SimpleNamespace(
-            name="tiny", contract=CONTRACT, split=None, manifest=manifest, file=lambda name: tmp_path / name
+            name="tiny", contract=CONTRACT, split=split, manifest=manifest, file=lambda name: tmp_path / name
         )
 
     return made
@@ -479,6 +491,9 @@ def chain() -> Any:
     """The fake model: its contract, its profiles, inputs for it, and what it computes."""
     return SimpleNamespace(
         contract=CONTRACT,
+        conditioning=CONDITIONING,
+        trunk=TRUNK,
+        split=SPLIT,
         ranges=RANGES,
         narrow=NARROW,
         feed=feed,
@@ -493,20 +508,21 @@ def chain() -> Any:
 @pytest.fixture(scope="session")
 def bundle_of(
     tmp_path_factory: pytest.TempPathFactory, exported_once: Callable[[ModelSpec], AbstractContextManager[None]]
-) -> Callable[[ModelSpec], Path]:
-    """An fp32 bundle of a model for ort-cpu, random weights (seed 0), not verified; not to be changed."""
-    made: dict[ModelSpec, Path] = {}
+) -> Callable[..., Path]:
+    """An fp32 bundle of a model for ort-cpu, random weights (seed 0), not verified; not to be changed.
 
-    def bundle(spec: ModelSpec) -> Path:
-        if spec not in made:
-            made[spec] = tmp_path_factory.mktemp("fp32") / spec.name
-            ranges = {"batch": Range(1, 1, 4), "img_tokens": Range(1, 16, 1024), "txt_tokens": Range(1, 8, 64)}
+    ``bundle_of(spec, split=True)``: one in two parts.
+    """
+    made: dict[tuple[ModelSpec, bool], Path] = {}
+    ranges = {"batch": Range(1, 1, 4), "img_tokens": Range(1, 16, 1024), "txt_tokens": Range(1, 8, 64)}
+
+    def bundle(spec: ModelSpec, *, split: bool = False) -> Path:
+        if (spec, split) not in made:
+            out = tmp_path_factory.mktemp("fp32") / spec.name
+            options: Any = {"ranges": ranges, "verify": False, "split_conditioning": split}
             with exported_once(spec):
-                export(
-                    ExportRequest(
-                        spec, RandomWeights(0), PRECISIONS["fp32"], out=made[spec], ranges=ranges, verify=False
-                    )
-                )
-        return made[spec]
+                export(ExportRequest(spec, RandomWeights(0), PRECISIONS["fp32"], out=out, **options))
+            made[spec, split] = out
+        return made[spec, split]
 
     return bundle

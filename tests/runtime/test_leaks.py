@@ -57,12 +57,15 @@ def growth(bundle: Path, loads: int, leak: int = 0) -> float:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says how much memory is its own")
-@pytest.mark.parametrize("loads", [80, pytest.param(400, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    ("loads", "split"),
+    [(80, False), pytest.param(400, False, marks=pytest.mark.soak), pytest.param(400, True, marks=pytest.mark.soak)],
+)
 def test_loading_and_closing_leaks_nothing(
-    bundle_of: Callable[[ModelSpec], Path], tiny_spec: ModelSpec, loads: int
+    bundle_of: Callable[..., Path], tiny_spec: ModelSpec, loads: int, split: bool
 ) -> None:
     """And the measure finds a leak: of 32 KiB each."""
-    bundle = bundle_of(dataclasses.replace(tiny_spec, name="least", depth=1))
+    bundle = bundle_of(dataclasses.replace(tiny_spec, name="least", depth=1), split=split)
     with ThreadPoolExecutor() as pool:
         clean = pool.submit(growth, bundle, loads)
         leaking = pool.submit(growth, bundle, loads, 32 * 1024)

@@ -50,7 +50,7 @@ def prompt_for(spec: ModelSpec, name: str = "prompt", txt_tokens: int = TXT_TOKE
 
 @pytest.fixture(scope="module")
 def sd3(
-    bundle_of: Callable[[ModelSpec], Path], eager_model: Callable[..., MMDiT], tiny_spec: ModelSpec
+    bundle_of: Callable[..., Path], eager_model: Callable[..., MMDiT], tiny_spec: ModelSpec
 ) -> tuple[Engine, MMDiT]:
     """An fp32 engine of ONNX Runtime, and the eager model with its weights."""
     spec = like_its_input(tiny_spec)

@@ -9,15 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from mmdit_deploy.checkpoint import random_tensor
 from mmdit_deploy.errors import MachineError
 from mmdit_deploy.model import grid_ids
-from mmdit_deploy.runtime import Engine
+from mmdit_deploy.runtime import Conditioning, Engine
+from mmdit_deploy.spec import ModelSpec
 
-THREADS, CALLS = 8, 250
+THREADS = 8
 SHAPES = [
     (1, 1, 1, 1),
     (1, 2, 3, 4),
@@ -40,13 +42,22 @@ def feed(engine: Engine, shape: tuple[int, int, int, int], seed: int) -> dict[st
     return {**values, "timestep": torch.linspace(900, 100, batch), "img_ids": grid_ids(rows, cols)}
 
 
-def test_calls_of_many_threads_do_not_disturb_each_other(tiny_bundle: Path) -> None:
-    """In turns with new outputs, outputs given, numpy, and a table of conditioning."""
-    with Engine.load(tiny_bundle, "ort-cpu") as engine:
+@pytest.mark.parametrize(
+    ("split", "conditioning", "calls"), [(False, "resident", 250), (True, "resident", 250), (True, "released", 25)]
+)
+def test_calls_of_many_threads_do_not_disturb_each_other(
+    bundle_of: Callable[..., Path], tiny_spec: ModelSpec, split: bool, conditioning: str, calls: int
+) -> None:
+    """In turns with new outputs, outputs given, numpy, a table of conditioning, and one that is made meanwhile."""
+    with Engine.load(bundle_of(tiny_spec, split=split), "ort-cpu", conditioning=conditioning) as engine:
         feeds = [feed(engine, shape, seed) for seed, shape in enumerate(SHAPES)]
         expected = [engine(inputs)["sample"] for inputs in feeds]
         schedules = [{n: t for n, t in f.items() if n in ("timestep", "pooled_projections")} for f in feeds]
-        tables = [engine.condition({**s, "timestep": s["timestep"][None]}) for s in schedules]
+
+        def made(schedule: dict[str, Tensor]) -> Conditioning:
+            return engine.condition({**schedule, "timestep": schedule["timestep"][None]})
+
+        tables = [made(schedule) for schedule in schedules]
         together = threading.Barrier(THREADS)
 
         def call(index: int, how: int) -> Tensor:
@@ -59,15 +70,16 @@ def test_calls_of_many_threads_do_not_disturb_each_other(tiny_bundle: Path) -> N
             if how == 2:
                 return torch.from_numpy(engine({n: t.numpy() for n, t in inputs.items()})["sample"])
             others = {n: t for n, t in inputs.items() if n not in schedules[index]}
-            return engine(others, conditioning=tables[index][0])["sample"]
+            table = tables[index] if how == 3 else made(schedules[index])
+            return engine(others, conditioning=table[0])["sample"]
 
         def work(seed: int) -> int:
             order = random.Random(seed)
             together.wait()
             wrong = 0
-            for _ in range(CALLS):
+            for _ in range(calls):
                 index = order.randrange(len(feeds))
-                wrong += not torch.equal(call(index, order.randrange(4)), expected[index])
+                wrong += not torch.equal(call(index, order.randrange(5)), expected[index])
             return wrong
 
         with ThreadPoolExecutor(THREADS) as pool:
@@ -98,9 +110,12 @@ def close_in_flight(engine: Engine, inputs: dict[str, Tensor], expected: dict[st
         assert {end.result(timeout=60) for end in ends} == {"it was closed"}
 
 
-def test_an_engine_may_be_closed_while_others_call_it(tiny_bundle: Path) -> None:
+@pytest.mark.parametrize("split", [False, True])
+def test_an_engine_may_be_closed_while_others_call_it(
+    bundle_of: Callable[..., Path], tiny_spec: ModelSpec, split: bool
+) -> None:
     for _ in range(5):
-        engine = Engine.load(tiny_bundle, "ort-cpu", verify=False)
+        engine = Engine.load(bundle_of(tiny_spec, split=split), "ort-cpu", verify=False)
         inputs = feed(engine, SHAPES[2], 0)
         close_in_flight(engine, inputs, engine(inputs))
 
