@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -322,6 +322,13 @@ def save_planned() -> Callable[..., Path]:
         return folder
 
     return save
+
+
+@pytest.fixture
+def room_for_large_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is planned and not made fits: a disk with 1 TB free, and 24 GiB of memory."""
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**12))
+    monkeypatch.setattr("mmdit_deploy.preflight.estimates.available_memory", lambda: 24 * 2**30)
 
 
 @pytest.fixture

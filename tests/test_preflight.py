@@ -23,9 +23,7 @@ GIB = 2**30
 LARGE = preset("sd3.5-large")
 
 
-@pytest.fixture(autouse=True)
-def _large_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**12))
+pytestmark = pytest.mark.usefixtures("room_for_large_models")
 
 
 def plan_of(

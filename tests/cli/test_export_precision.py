@@ -65,6 +65,7 @@ def test_a_quantized_export_is_planned_without_further_options(
     assert os.listdir(dist) == []
 
 
+@pytest.mark.usefixtures("room_for_large_models")
 def test_a_recipe_says_the_base_of_its_model_whatever_is_quantized(run: Callable[..., Any], dist: Path) -> None:
     for arguments in (("flux1-dev-fp8",), ("flux1-dev-fp8", "--fp4"), ("flux1-dev-bf16", "--fp8")):
         arguments = (*arguments, "--target", "rtx:sm120", "--segments", "12")

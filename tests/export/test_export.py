@@ -36,6 +36,7 @@ def traced(traced_once: Callable[[], contextlib.AbstractContextManager[object]])
         yield
 
 
+@pytest.mark.usefixtures("room_for_large_models")
 @pytest.mark.parametrize(
     ("spec", "precision", "billions", "gigabytes"),
     [
@@ -46,14 +47,8 @@ def traced(traced_once: Callable[[], contextlib.AbstractContextManager[object]])
     ],
 )
 def test_preflight_says_what_is_needed(
-    spec: ModelSpec,
-    precision: str,
-    billions: float,
-    gigabytes: float,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    spec: ModelSpec, precision: str, billions: float, gigabytes: float, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**12))
     request = ExportRequest(spec, RandomWeights(0), PRECISIONS[precision], out=tmp_path / "b")
     needs = preflight(request)
     assert needs.parameters / 1e9 == pytest.approx(billions, rel=0.005)
