@@ -1,10 +1,10 @@
-"""What tests of several stages share: tiny models, their graphs traced once a session, and a tiny bundle."""
+"""What tests of several stages share: tiny models, their graphs, and a tiny bundle."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,108 +32,34 @@ from mmdit_deploy.checkpoint.weights import (
 from mmdit_deploy.contract import Contract, Range
 from mmdit_deploy.eager.program import Program
 from mmdit_deploy.export import ExportRequest, export
+from mmdit_deploy.export.planning import plan_precision
 from mmdit_deploy.graph.pipeline import Graphs, build_graphs
-from mmdit_deploy.graph.trace import export_kind, one_operator_registry, trace
-from mmdit_deploy.model import Call, Kind, MMDiT, calls
+from mmdit_deploy.model import MMDiT, calls
 from mmdit_deploy.precision import PrecisionPlan
 from mmdit_deploy.precision.weights import planned_layout, stream_planned
 from mmdit_deploy.spec import PRECISIONS, ModelSpec
+from mmdit_deploy.verify import EngineUnderTest, Verdict, verify_against_weights
+from tiny_models import TINY, TINY_FAMILIES
+from traces import Traces
 
 # Every axis from one up: parity is shown at the ends of what is possible, not of what is usual.
 WIDE_RANGES = {"batch": Range(1, 2, 8), "img_tokens": Range(1, 64, 4096), "txt_tokens": Range(1, 16, 256)}
-# Widths of their own wherever the architecture has one, so that no two axes can be confused.
-TINY = ModelSpec(
-    "tiny",
-    depth=2,
-    num_heads=2,
-    head_dim=32,
-    latent_channels=4,
-    out_channels=3,
-    txt_dim=24,
-    pooled_dim=20,
-    cond_dim=40,
-    pos_max_size=72,
-    pos_base_size=16,
-)
-_OTHERS: dict[str, Any] = {
-    "num_heads": 2,
-    "head_dim": 32,
-    "latent_channels": 12,
-    "out_channels": 10,
-    "patch_size": 1,
-    "txt_dim": 24,
-    "cond_dim": 40,
-    "time_scale": 1000.0,
-    "text_ends": False,
-    "fp16_clip": True,
-    "pos_max_size": 0,
-}
-_QWEN_IMAGE: dict[str, Any] = {
-    "family": "qwen-image",
-    "pooled_dim": 0,
-    "txt_norm": True,
-    "txt_mask": True,
-    "rope_axes": (4, 14, 14),
-    **_OTHERS,
-}
-# Each with every kind of call that its family has. Cut in three, FLUX.1 is cut among joint and among single blocks.
-TINY_FAMILIES = {
-    "flux1": ModelSpec(
-        "tiny-flux1",
-        family="flux1",
-        depth=2,
-        single_depth=4,
-        pooled_dim=20,
-        guidance=True,
-        rope_axes=(4, 14, 14),
-        **_OTHERS,
-    ),
-    "flux2": ModelSpec(
-        "tiny-flux2",
-        family="flux2",
-        depth=2,
-        single_depth=3,
-        pooled_dim=0,
-        guidance=True,
-        mlp_ratio=3.0,
-        activation="swiglu",
-        bias=False,
-        shared_modulation=True,
-        rope_axes=(8, 8, 8, 8),
-        rope_theta=2000.0,
-        **_OTHERS,
-    ),
-    "qwen-image": ModelSpec("tiny-qwen-image", depth=2, **_QWEN_IMAGE),
-    "qwen-image-edit-2511": ModelSpec("tiny-qwen-image-edit-2511", depth=2, still_references=True, **_QWEN_IMAGE),
-    "sd3-controlnet": dataclasses.replace(TINY, name="tiny-controlnet", depth=4, residuals=2),
-}
-
-# What a block's function depends on besides its name, and what no other function depends on.
-_OF_BLOCKS = (
-    "num_heads", "head_dim", "mlp_ratio", "activation", "bias", "qk_norm", "txt_mask", "still_references", "fp16_clip",
-    "rope_axes",
-)  # fmt: skip
-_NOT_OF_OTHERS = (
-    "name",
-    "family",
-    "depth",
-    "single_depth",
-    "text_ends",
-    "residuals",
-    "dual_attention_blocks",
-    "qk_norm",
-    # what a function reads and makes shows these
-    "latent_channels",
-    "out_channels",
-    "txt_dim",
-    "pooled_dim",
-    "guidance",
-    "still_references",
-)
-_FUNCTIONS: dict[object, ir.Function] = {}
-_EXPORTED: dict[object, tuple[torch.onnx.ONNXProgram, list[str]]] = {}
-_PROGRAMS: dict[object, Program] = {}
 _GRAPHS: dict[object, Graphs] = {}
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of this run have in common."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def traces(run_folder: Path) -> Traces:
+    """The traces of this run."""
+    folder = run_folder / "traces"
+    folder.mkdir(exist_ok=True)
+    return Traces(folder)
 
 
 @pytest.fixture(scope="session")
@@ -177,74 +103,18 @@ def family(request: pytest.FixtureRequest) -> str:
     return name
 
 
-def _key(spec: ModelSpec, kind: Kind, dtype: torch.dtype) -> object:
-    """What the trace of a kind depends on.
-
-    What a kind reads and makes says more than the spec: of what kind a block is, and how many residuals there are.
-    """
-    if kind.function.endswith("Block"):
-        return tuple(getattr(spec, field) for field in _OF_BLOCKS), kind, dtype
-    return tuple(v for field, v in dataclasses.asdict(spec).items() if field not in _NOT_OF_OTHERS), kind, dtype
-
-
-@contextlib.contextmanager
-def _exported_once(spec: ModelSpec) -> Iterator[None]:
-    """A context in which graphs and programs of a model take what the session has exported already."""
-
-    def export(kind: Kind, dtype: torch.dtype) -> tuple[torch.onnx.ONNXProgram, list[str]]:
-        key = _key(spec, kind, dtype)
-        if key not in _EXPORTED:
-            _EXPORTED[key] = export_kind(kind, dtype)
-        return _EXPORTED[key]
-
-    with (
-        one_operator_registry(),
-        mock.patch("mmdit_deploy.graph.trace.export_kind", export),
-        mock.patch("mmdit_deploy.eager.program.export_kind", export),
-    ):
-        yield
-
-
-def _trace_kinds(spec: ModelSpec, calls: Sequence[Call], dtype: torch.dtype) -> dict[str, ir.Function]:
-    """What `trace_kinds` gives, with each function traced once per session."""
-    functions = {}
-    with _exported_once(spec):
-        for call in calls:
-            key = _key(spec, call.kind, dtype)
-            if key not in _FUNCTIONS:
-                _FUNCTIONS[key] = trace(call.kind, dtype)
-            functions[call.kind.function] = _FUNCTIONS[key]
-    return functions
-
-
 @pytest.fixture(scope="session")
-def programs_for() -> Callable[..., Mapping[str, Program]]:
-    """The programs of a model's kinds, exported once a session: ``programs_for(spec, dtype=torch.float32)``.
-
-    The graphs of `graphs_of` are made of the same exports, most of them in fp32.
-    """
+def programs_for(traces: Traces) -> Callable[..., Mapping[str, Program]]:
+    """The programs of a model's kinds, exported once: ``programs_for(spec, dtype=torch.float32)``."""
 
     def programs(spec: ModelSpec, dtype: torch.dtype = torch.float32) -> Mapping[str, Program]:
-        made = {}
-        with _exported_once(spec):
-            for call in calls(spec):
-                key = _key(spec, call.kind, dtype)
-                if key not in _PROGRAMS:
-                    _PROGRAMS[key] = Program(call.kind, dtype)
-                made[call.kind.function] = _PROGRAMS[key]
-        return made
+        return traces.programs(spec, calls(spec), dtype)
 
     return programs
 
 
 @pytest.fixture(scope="session")
-def exported_once() -> Callable[[ModelSpec], contextlib.AbstractContextManager[None]]:
-    """A context in which whole exports of a model trace no kind of call twice in a session: ``exported_once(spec)``."""
-    return _exported_once
-
-
-@pytest.fixture(scope="session")
-def fused_for() -> Callable[..., Mapping[str, ir.Function]]:
+def fused_for(traces: Traces) -> Callable[..., Mapping[str, ir.Function]]:
     """The fused fp16 functions of a model's kinds, of exports made once a session: ``fused_for(spec, *names)``.
 
     All of them where no name is given. They are shared: clone one before changing it.
@@ -253,10 +123,7 @@ def fused_for() -> Callable[..., Mapping[str, ir.Function]]:
 
     def fused(spec: ModelSpec, *names: str) -> Mapping[str, ir.Function]:
         if (spec, names) not in made:
-            with mock.patch(
-                "mmdit_deploy.calibration.graph_values.trace_kinds",
-                lambda calls, dtype: _trace_kinds(spec, calls, dtype),
-            ):
+            with traces.within(spec):
                 wanted = [call for call in calls(spec) if not names or call.kind.function in names]
                 made[spec, names] = fused_functions(wanted, torch.float16)
         return made[spec, names]
@@ -265,7 +132,7 @@ def fused_for() -> Callable[..., Mapping[str, ir.Function]]:
 
 
 @pytest.fixture(scope="session")
-def graphs_of() -> Callable[..., Graphs]:
+def graphs_of(traces: Traces) -> Callable[..., Graphs]:
     """Builds a model's graphs through the whole pipeline, tracing no function twice in a session.
 
     ``graphs_of(spec, precision="fp32", dialects=("ort",), outputs=())``; what it returns is shared: copy a
@@ -283,10 +150,7 @@ def graphs_of() -> Callable[..., Graphs]:
             compute = PRECISIONS[precision]
             layout = weights_layout(spec, getattr(torch, compute.dtype), {"format": "pt"})
             contract = Contract.of(spec, compute, WIDE_RANGES, outputs=outputs)
-            with mock.patch(
-                "mmdit_deploy.graph.pipeline.trace_kinds",
-                lambda calls, dtype: _trace_kinds(spec, calls, dtype),
-            ):
+            with traces.within(spec):
                 _GRAPHS[key] = build_graphs(spec, contract, compute, layout, dialects=dialects, outputs=outputs)
         return _GRAPHS[key]
 
@@ -294,15 +158,13 @@ def graphs_of() -> Callable[..., Graphs]:
 
 
 @pytest.fixture(scope="session")
-def planned_graphs() -> Callable[..., Graphs]:
+def planned_graphs(traces: Traces) -> Callable[..., Graphs]:
     """A model's graphs with a precision plan: ``planned_graphs(spec, plan, dialects=())``, tracing nothing twice."""
 
     def build(spec: ModelSpec, plan: PrecisionPlan, dialects: Sequence[str] = ()) -> Graphs:
         contract = Contract.of(spec, plan.precision, WIDE_RANGES)
         layout = planned_layout(spec, plan, {"format": "pt"})
-        with mock.patch(
-            "mmdit_deploy.graph.pipeline.trace_kinds", lambda calls, dtype: _trace_kinds(spec, calls, dtype)
-        ):
+        with traces.within(spec):
             return build_graphs(spec, contract, plan.precision, layout, dialects=dialects, plan=plan)
 
     return build
@@ -355,8 +217,10 @@ def tensorrt_rtx() -> Any:
 
 
 @pytest.fixture(scope="session")
-def traced_once(graphs_of: Callable[..., Graphs]) -> Callable[[], contextlib.AbstractContextManager[object]]:
-    """A context in which exports take graphs that the session has traced already."""
+def traced_once(
+    graphs_of: Callable[..., Graphs], traces: Traces
+) -> Callable[[], contextlib.AbstractContextManager[object]]:
+    """A context in which exports of any model take what was traced already, and graphs that this session has built."""
 
     def build(
         spec: ModelSpec,
@@ -370,12 +234,27 @@ def traced_once(graphs_of: Callable[..., Graphs]) -> Callable[[], contextlib.Abs
     ) -> Graphs:
         if plan is None or plan.plain:
             return graphs_of(spec, precision.name, dialects, outputs)
-        with mock.patch(
-            "mmdit_deploy.graph.pipeline.trace_kinds", lambda calls, dtype: _trace_kinds(spec, calls, dtype)
-        ):
+        with traces.within(spec):
             return build_graphs(spec, contract, precision, layout, dialects=dialects, outputs=outputs, plan=plan)
 
-    return lambda: mock.patch("mmdit_deploy.export.pipeline.build_graphs", build)
+    def plan(request: ExportRequest, *arguments: Any) -> Any:
+        with traces.within(request.spec):
+            return plan_precision(request, *arguments)
+
+    def verify(engine: EngineUnderTest, *arguments: Any, **options: Any) -> Verdict:
+        with traces.within(engine.spec):
+            return verify_against_weights(engine, *arguments, **options)
+
+    @contextlib.contextmanager
+    def patched() -> Iterator[None]:
+        with (
+            mock.patch("mmdit_deploy.export.pipeline.plan_precision", plan),
+            mock.patch("mmdit_deploy.export.pipeline.build_graphs", build),
+            mock.patch("mmdit_deploy.export.pipeline.verify_against_weights", verify),
+        ):
+            yield
+
+    return patched
 
 
 @pytest.fixture(scope="session")
@@ -416,11 +295,11 @@ def eager_model() -> Callable[[ModelSpec, WeightSource], MMDiT]:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, traces: Traces) -> Path:
     """An fp16 bundle for ort-cpu with random weights (seed 0), not verified; not to be changed."""
     out = tmp_path_factory.mktemp("bundles") / "tiny-fp16"
     request = ExportRequest(TINY, RandomWeights(0), PRECISIONS["fp16"], out=out, ranges=WIDE_RANGES, verify=False)
-    with mock.patch("mmdit_deploy.graph.pipeline.trace_kinds", lambda calls, dtype: _trace_kinds(TINY, calls, dtype)):
+    with traces.within(TINY):
         export(request)
     return out
 

@@ -46,7 +46,7 @@ def test_the_report(run: Callable[..., Any], exported: tuple[Path, Any], no_comp
     assert "torch.compile  not run: RuntimeError" in result.err
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
 def test_torch_compile_is_a_rival_where_there_is_a_compiler(
     run: Callable[..., Any], exported: tuple[Path, Any]

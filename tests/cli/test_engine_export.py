@@ -93,7 +93,7 @@ def test_unverified_engines_are_called_so(
     assert result.out.endswith("bundle written, rtx:sm89 built, not executed (NOT verified)\n")
 
 
-# Graphs come from a file: tracing takes seconds, and these tests are about what is after it.
+# Graphs come from a file, and nothing is calibrated: tracing takes seconds, and these tests are about what is after it.
 COMMAND = """
 import pickle, signal, sys
 from unittest import mock
@@ -104,6 +104,9 @@ with open(sys.argv.pop(1), "rb") as file:
 with mock.patch("mmdit_deploy.export.pipeline.build_graphs", lambda *_, **__: graphs):
     sys.exit(main())
 """
+
+
+PLAIN = ("--fp16-plan", "pure")
 
 
 @pytest.fixture
@@ -119,7 +122,19 @@ def building(
     graphs.write_bytes(pickle.dumps(graphs_of(checkpoint_spec, "fp16", ("trt", "standard"))))
     parent.mkdir()
     process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, graphs, checkpoint, *ranges, "--target", "rtx:sm89", "-o", parent / "b"],
+        [
+            sys.executable,
+            "-c",
+            COMMAND,
+            graphs,
+            checkpoint,
+            *ranges,
+            *PLAIN,
+            "--target",
+            "rtx:sm89",
+            "-o",
+            parent / "b",
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

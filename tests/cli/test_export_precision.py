@@ -73,7 +73,9 @@ def test_a_recipe_says_the_base_of_its_model_whatever_is_quantized(run: Callable
         assert "-bf16, weights" in result.out, result.err
 
 
-def test_fewer_than_32_tokens_leave_attention_in_16_bit_and_that_is_said(run: Callable[..., Any], dist: Path) -> None:
+def test_fewer_than_32_tokens_leave_attention_in_16_bit_and_that_is_said(
+    run: Callable[..., Any], checkpoint: Path, dist: Path
+) -> None:
     few = ("--img-tokens", "4:16:64", "--txt-tokens", "2:8:16")
-    result = run("export", *DEPTH, "--fp8", *few, "--target", "ort-cpu", "--graph-only", "-o", dist / "b")
+    result = run("export", checkpoint, "--fp8", *few, "--target", "ort-cpu", "--graph-only", "-o", dist / "b")
     assert result.status == 0 and "attentions stay in fp16" in result.err

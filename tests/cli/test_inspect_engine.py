@@ -437,8 +437,11 @@ def places(value: Any, *steps: Any) -> Iterator[tuple[Any, ...]]:
 ODD = (None, -1, 10**400, math.nan, EVIL, [], {}, [EVIL], {EVIL: EVIL})
 
 
+@pytest.mark.parametrize("each", [4, pytest.param(1, marks=pytest.mark.soak)])  # of nine values; 4 takes all in turn
 @pytest.mark.parametrize("name", ["manifest.json", f"{TARGET.folder}/{FILE_NAME}"])
-def test_any_other_value_anywhere_gives_no_traceback(name: str, bundle: Path, run: Callable[..., Any]) -> None:
+def test_any_other_value_anywhere_gives_no_traceback(
+    name: str, each: int, bundle: Path, run: Callable[..., Any]
+) -> None:
     path = bundle / name
     document = json.loads(path.read_text())
     if name != "manifest.json":
@@ -446,7 +449,7 @@ def test_any_other_value_anywhere_gives_no_traceback(name: str, bundle: Path, ru
             del file["layers"][2:]  # the others are alike
         document["engine"]["segments"][0]["calls"] = document["engine"]["segments"][0]["calls"][-2:]
     statuses: Counter[int] = Counter()
-    for steps, odd in itertools.product(places(document), ODD):
+    for steps, odd in itertools.islice(itertools.product(places(document), ODD), 0, None, each):
         if steps[0] in ("spec", "files"):  # others read these, before anything of ours
             continue
         changed = copy.deepcopy(document)
@@ -456,7 +459,7 @@ def test_any_other_value_anywhere_gives_no_traceback(name: str, bundle: Path, ru
         assert result.status in (0, 2), f"{steps} {odd}: {result.err}"
         assert not set("\x1b\r\u202e") & set(result.out + result.err), f"{steps} {odd!r}"
         statuses[result.status] += 1
-    assert statuses[2] > 500 and statuses[0] > 10
+    assert statuses[2] > 500 / each and statuses[0] > 10 / each
 
 
 def test_starting_imports_nothing_heavy() -> None:

@@ -11,7 +11,6 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from mmdit_deploy.checkpoint.weights import RandomWeights
 from mmdit_deploy.contract import Range
 from mmdit_deploy.export import ExportRequest, export
 from mmdit_deploy.spec import PRECISIONS, ModelSpec
+from traces import Traces
 
 ROOT = Path(__file__).parents[2]
 HEADERS_MISSING = "the C++ runtime's headers are downloaded"  # as debian_headers.py says without a network
@@ -97,12 +97,9 @@ def flow_spec(tiny_spec: ModelSpec) -> ModelSpec:
 
 
 @pytest.fixture(scope="session")
-def bundle_of(
-    tmp_path_factory: pytest.TempPathFactory, flow_spec: ModelSpec, exported_once: Callable[..., Any]
-) -> Callable[..., Path]:
+def bundle_of(run_folder: Path, flow_spec: ModelSpec, traces: Traces) -> Callable[..., Path]:
     """A bundle for ort-cpu with random weights, made once for all test processes: ``bundle_of("fp16", split=True)``."""
-    own = tmp_path_factory.getbasetemp()
-    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "cpp-bundles"
+    folder = run_folder / "cpp-bundles"
 
     def bundle(precision: str = "fp32", *, split: bool = False) -> Path:
         out = folder / (precision + "-split" * split)
@@ -119,7 +116,7 @@ def bundle_of(
                 verify=False,
                 split_conditioning=split,
             )
-            with exported_once(flow_spec):
+            with traces.within(flow_spec):
                 export(request)
         return out
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mmdit_deploy.cli.export import main as mmdit_export
+from traces import Traces
 
 IMAGES = 30  # of all ten digits, plain, thin and bold
 
@@ -50,7 +51,7 @@ def captured(digits: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="session")
 def export_digits(
-    digits: ModuleType, captured: Path, exported_once: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+    digits: ModuleType, captured: Path, traces: Traces, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
     """The digits model's bundle in a precision, calibrated on what was captured, made once a session."""
     made: dict[str, Path] = {}
@@ -59,7 +60,7 @@ def export_digits(
         if precision not in made:
             out = tmp_path_factory.mktemp("digits") / precision
             calib = [] if precision in ("fp32", "bf16") else [f"--calib={captured}"]
-            with exported_once(digits.load().spec):
+            with traces.within(digits.load().spec):
                 assert mmdit_export([*digits.export_arguments(precision, out), *calib]) == 0
             made[precision] = out
         return made[precision]

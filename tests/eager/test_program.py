@@ -11,6 +11,7 @@ from mmdit_deploy.checkpoint.weights import RandomWeights
 from mmdit_deploy.contract import Contract
 from mmdit_deploy.eager.calls import EagerCalls
 from mmdit_deploy.eager.program import Program
+from mmdit_deploy.eager.programs import programs_of
 from mmdit_deploy.families import preset
 from mmdit_deploy.model import calls
 from mmdit_deploy.spec import ModelSpec, precision
@@ -38,12 +39,11 @@ def test_operators_compute_the_eager_call_to_the_bit(name: str) -> None:
     contract = Contract.of(spec, precision("fp32"))
     values = case_inputs(Case(2, 4, 6, 5, timestep=500.25), contract, spec)
     eager = EagerCalls(spec, RandomWeights(3))
-    programs: dict[str, Program] = {}
+    programs = programs_of(calls(spec), torch.float16)
     for call in calls(spec):
-        program = programs.setdefault(call.kind.function, Program(call.kind, torch.float16))
         given = dict(zip([t.name for t in call.kind.inputs], [values[n] for n in call.inputs], strict=True))
         expected = eager.load(call)(list(given.values()))
-        made = program.run(given, eager.weights(call))
+        made = programs[call.kind.function].run(given, eager.weights(call))
         assert [t.dtype for t in made] == [t.dtype for t in expected]
         assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True)), call.path
         values.update(zip(call.outputs, made, strict=True))

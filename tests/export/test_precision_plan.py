@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from mmdit_deploy.export.calibrated import spaced
 from mmdit_deploy.lora import open_lora
 from mmdit_deploy.precision import QuantizationRecipe
 from mmdit_deploy.spec import ModelSpec, precision
+from traces import Traces
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -72,7 +72,7 @@ class Made:
 @pytest.fixture(scope="module")
 def make(
     tiny_spec: ModelSpec,
-    exported_once: Callable[[ModelSpec], contextlib.AbstractContextManager[None]],
+    traces: Traces,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Make:
     """Exports for ort-cpu: ``make("fp8", budget=0.02)``."""
@@ -82,7 +82,7 @@ def make(
         options = {"verify": False, "ranges": RANGES, **options}
         request = ExportRequest(tiny_spec, source or RandomWeights(0), precision(name, base), out=out, **options)
         said: list[str] = []
-        with exported_once(tiny_spec):
+        with traces.within(tiny_spec):
             result = export(request, said.append)
         return Made(out, said, [verdict.passed for verdict in result.verdicts])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,6 @@ import onnx_ir as ir
 import pytest
 
 from mmdit_deploy.errors import GraphError
-from mmdit_deploy.families import preset
-from mmdit_deploy.graph.assemble import trace_kinds
 from mmdit_deploy.graph.census import check_census
 from mmdit_deploy.graph.fuse import FUSE, PREPARE
 from mmdit_deploy.graph.fuse.rotary.rope import rope
@@ -25,6 +23,8 @@ from mmdit_deploy.graph.lower.rope_spelled_out import rope_spelled_out
 from mmdit_deploy.graph.lower.rotary_embedding import rotary_embedding
 from mmdit_deploy.graph.passes import Pass, run
 from mmdit_deploy.model import calls
+from mmdit_deploy.spec import ModelSpec
+from traces import Traces
 
 SUBJECT = "rope"
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -122,16 +122,18 @@ def test_every_exporter_of_whole_models() -> None:
         assert rope.left(model) == (), file
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("flux1-schnell", "bfloat16"), ("qwen-image", "float32")])
-def test_our_own_blocks(name: str, dtype: str) -> None:
+@pytest.mark.parametrize(("name", "dtype"), [("flux1", "bfloat16"), ("qwen-image", "float32")])
+def test_our_own_blocks(tiny_families: Mapping[str, ModelSpec], traces: Traces, name: str, dtype: str) -> None:
     """Q and K of every attention, by one pair of tables, in fp32."""
     import torch
 
+    spec = tiny_families[name]
     model = ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": 23}), ir_version=11)
-    functions = trace_kinds(calls(preset(name), ()), getattr(torch, dtype))
-    model.functions.update({f.identifier(): f for f in functions.values()})
+    functions = traces.functions(spec, calls(spec), getattr(torch, dtype)).values()
+    model.functions.update({f.identifier(): f.clone() for f in functions})
     rope.apply(model)
-    for kind, function in functions.items():
+    assert any(node.op_type == "RotaryEmbedding" for function in model.functions.values() for node in function)
+    for kind, function in model.functions.items():
         found = Counter(node.op_type for node in function)
         turns = [node for node in function if node.op_type == "RotaryEmbedding"]
         assert len(turns) == 2 * found["Attention"], kind

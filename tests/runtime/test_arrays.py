@@ -12,27 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmdit_deploy.checkpoint import random_tensor
+from lent import Lent
 from mmdit_deploy.contract import Contract
 from mmdit_deploy.errors import ContractError
 from mmdit_deploy.runtime import Engine, checks
 from mmdit_deploy.runtime.checks import InputCheck
 from mmdit_deploy.runtime.tensors import as_tensors, from_numpy, to_numpy
+from random_inputs import random_inputs
 
 SIZES = {"batch": 2, "img_tokens": 15, "txt_tokens": 4}
-
-
-class Lent:
-    """An array of another library: all that is known of it is its memory."""
-
-    def __init__(self, array: np.ndarray):
-        self._array = array
-
-    def __dlpack__(self, **options: Any) -> Any:
-        return self._array.__dlpack__(**options)
-
-    def __dlpack_device__(self) -> Any:
-        return self._array.__dlpack_device__()
 
 
 class Broken(Lent):
@@ -43,16 +31,8 @@ class Broken(Lent):
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_bundle: Path) -> Engine:
-    return Engine.load(tiny_bundle, "ort-cpu")
-
-
-@pytest.fixture(scope="module")
 def feed(engine: Engine) -> dict[str, Tensor]:
-    return {
-        t.name: random_tensor(8, t.name, t.shape(SIZES), std=1.0, dtype=getattr(torch, t.dtype))
-        for t in engine.contract.inputs
-    }
+    return random_inputs(engine.contract, SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +123,7 @@ def test_the_runtime_gets_the_callers_own_memory(
     engine: Engine, feed: dict[str, Tensor], seen: dict[str, int], kind: str
 ) -> None:
     given = {name: ARRAYS[kind](tensor) for name, tensor in feed.items()}
-    tensors = as_tensors({n: a._array if isinstance(a, Lent) else a for n, a in given.items()})[0]
+    tensors = as_tensors({n: a.array if isinstance(a, Lent) else a for n, a in given.items()})[0]
     out = engine(given)["sample"]
     address = out.ctypes.data if isinstance(out, np.ndarray) else out.data_ptr()
     assert seen == {**{name: t.data_ptr() for name, t in tensors.items()}, "sample": address}

@@ -10,29 +10,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmdit_deploy.checkpoint import random_tensor
 from mmdit_deploy.contract import Contract
 from mmdit_deploy.errors import ContractError
 from mmdit_deploy.runtime import Engine
 from mmdit_deploy.runtime.conditioning import schedule_contract
 from mmdit_deploy.spec import PRECISIONS, ModelSpec
+from random_inputs import random_inputs
 
 SIZES = {"batch": 2, "img_tokens": 15, "txt_tokens": 4}
 TIMES = torch.tensor([[1000.0, 900.0], [500.0, 400.0], [3.0, 2.0]])
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_bundle: Path) -> Engine:
-    return Engine.load(tiny_bundle, "ort-cpu")
-
-
-@pytest.fixture(scope="module")
 def feed(engine: Engine) -> dict[str, Tensor]:
-    return {
-        t.name: random_tensor(8, t.name, t.shape(SIZES), std=1.0, dtype=getattr(torch, t.dtype))
-        for t in engine.contract.inputs
-        if t.name != "timestep"
-    }
+    return {name: t for name, t in random_inputs(engine.contract, SIZES).items() if name != "timestep"}
 
 
 @pytest.fixture(scope="module")

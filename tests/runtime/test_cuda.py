@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mmdit_deploy.checkpoint import random_tensor
+from lent import Lent
 from mmdit_deploy.checkpoint.weights import RandomWeights
 from mmdit_deploy.contract import Range
 from mmdit_deploy.errors import ContractError
@@ -24,6 +23,7 @@ from mmdit_deploy.sampling import schedule
 from mmdit_deploy.spec import PRECISIONS, ModelSpec
 from mmdit_deploy.verify.metrics import compare
 from mmdit_deploy.verify.tolerances import TOLERANCES
+from random_inputs import random_inputs
 
 
 def _lacking() -> str | None:
@@ -44,19 +44,6 @@ RANGES = {"batch": Range(1, 2, 4), "img_tokens": Range(1, 256, 4096), "txt_token
 SLEEP = 500_000_000  # cycles: about a quarter of a second
 
 
-class Lent:
-    """GPU memory of another library."""
-
-    def __init__(self, tensor: Tensor):
-        self._tensor = tensor
-
-    def __dlpack__(self, **options: Any) -> Any:
-        return self._tensor.__dlpack__(**options)
-
-    def __dlpack_device__(self) -> Any:
-        return self._tensor.__dlpack_device__()
-
-
 @pytest.fixture(scope="module")
 def spec(tiny_spec: ModelSpec) -> ModelSpec:
     return tiny_spec
@@ -75,11 +62,8 @@ def inputs(engine: Engine, sizes: tuple[int, int, int, int], seed: int = 8) -> d
     """On the CPU."""
     batch, rows, cols, txt_tokens = sizes
     by_axis = {"batch": batch, "img_tokens": rows * cols, "txt_tokens": txt_tokens}
-    feed = {
-        t.name: random_tensor(seed, t.name, t.shape(by_axis), std=1.0, dtype=getattr(torch, t.dtype))
-        for t in engine.contract.inputs
-    }
-    return {**feed, "timestep": torch.linspace(999, 3, batch), "img_ids": grid_ids(rows, cols)}
+    values = random_inputs(engine.contract, by_axis, seed)
+    return {**values, "timestep": torch.linspace(999, 3, batch), "img_ids": grid_ids(rows, cols)}
 
 
 @pytest.mark.parametrize("sizes", [(2, 3, 5, 4), (1, 1, 1, 1), (4, 16, 17, 77), (1, 64, 64, 256)])

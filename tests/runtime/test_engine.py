@@ -12,26 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmdit_deploy.checkpoint import random_tensor
+from fake_tensorrt import FakeStream
 from mmdit_deploy.checkpoint.weights import RandomWeights
 from mmdit_deploy.errors import BundleError, ContractError, MachineError, UsageError
 from mmdit_deploy.model import MMDiT, grid_ids
 from mmdit_deploy.runtime import Engine, runnable_target
 from mmdit_deploy.spec import ModelSpec
 from mmdit_deploy.verify.metrics import compare
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_bundle: Path) -> Engine:
-    return Engine.load(tiny_bundle, "ort-cpu")
+from random_inputs import random_inputs
 
 
 def inputs(engine: Engine, batch: int = 2, rows: int = 3, cols: int = 5, txt_tokens: int = 4) -> dict[str, Tensor]:
     sizes = {"batch": batch, "img_tokens": rows * cols, "txt_tokens": txt_tokens}
-    values = {
-        t.name: random_tensor(8, t.name, t.shape(sizes), std=1.0, dtype=getattr(torch, t.dtype))
-        for t in engine.contract.inputs
-    }
+    values = random_inputs(engine.contract, sizes)
     return {**values, "timestep": torch.linspace(1000, 0, batch), "img_ids": grid_ids(rows, cols)}
 
 
@@ -188,7 +181,7 @@ def test_a_changed_byte_is_refused_before_anything_is_loaded(
         Engine.load(folder)
 
 
-# ---- TensorRT engines of a bundle; conftest's fakes ----
+# ---- TensorRT engines of a bundle, on a fake of TensorRT ----
 
 
 def test_a_bundles_tensorrt_engine_as_a_callable(
@@ -209,7 +202,7 @@ def test_a_stream_of_the_callers(
 ) -> None:
     held: list[object] = []
     monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: held.append(self))
-    engine, stream, feed = Engine(bundled({"rtx:sm89": build()[0]}), "rtx:sm89"), chain.stream(), chain.feed()
+    engine, stream, feed = Engine(bundled({"rtx:sm89": build()[0]}), "rtx:sm89"), FakeStream(), chain.feed()
     engine(feed, stream=stream)
     ran = [event for event in fake.events if event.startswith("run")]
     assert ran == [f"run segment-{i} on {stream.cuda_stream}" for i in range(3)]

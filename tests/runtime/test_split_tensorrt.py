@@ -1,4 +1,4 @@
-"""A model in two parts, each of TensorRT engine files, on a fake of TensorRT (`conftest`)."""
+"""A model in two parts, each of TensorRT engine files, on a fake of TensorRT (`fake_tensorrt`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The TensorRT runtime on a fake of TensorRT (`conftest`); test_tensorrt_gpu.py has the real one."""
+"""The TensorRT runtime on a fake of TensorRT (`fake_tensorrt`); test_tensorrt_gpu.py has the real one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fake_tensorrt import FakeStream
 from mmdit_deploy.build import EngineRecord
 from mmdit_deploy.contract import Range
 from mmdit_deploy.errors import ContractError, MachineError
@@ -167,7 +168,7 @@ def test_all_contexts_share_one_workspace(fake: Any, chain: Any, build: Build) -
 
 def test_work_goes_to_the_callers_stream(fake: Any, chain: Any, build: Build) -> None:
     engine = TensorRTEngine(*build())
-    mine = chain.stream()
+    mine = FakeStream()
     with torch.cuda.stream(mine):
         chain.run(engine, chain.feed())
         chain.run(engine, chain.feed())
@@ -189,7 +190,7 @@ def test_the_default_stream_is_worked_for_beside_it(fake: Any, chain: Any, build
 def test_a_call_on_another_stream_waits_for_the_call_before(fake: Any, chain: Any, build: Build) -> None:
     """They share activation memory."""
     engine = TensorRTEngine(*build())
-    one, two = chain.stream(), chain.stream()
+    one, two = FakeStream(), FakeStream()
     with torch.cuda.stream(one):
         chain.run(engine, chain.feed())
     fake.events.clear()

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lent import Lent
 from mmdit_deploy.build import RTX, TENSORRT
-from mmdit_deploy.checkpoint import random_tensor
 from mmdit_deploy.checkpoint.weights import RandomWeights
 from mmdit_deploy.contract import Range
 from mmdit_deploy.errors import ContractError, MachineError
@@ -26,6 +26,7 @@ from mmdit_deploy.spec import PRECISIONS, ModelSpec
 from mmdit_deploy.verification import verify_bundle
 from mmdit_deploy.verify.metrics import compare
 from mmdit_deploy.verify.tolerances import TOLERANCES
+from random_inputs import random_inputs
 
 
 def _targets() -> list[str]:
@@ -86,10 +87,7 @@ def exported(tiny_spec: ModelSpec, tmp_path_factory: pytest.TempPathFactory) -> 
 def feed(engine: Engine, shape: tuple[int, int, int, int] = SHAPES[0], seed: int = 8) -> dict[str, Tensor]:
     batch, rows, cols, txt_tokens = shape
     sizes = {"batch": batch, "img_tokens": rows * cols, "txt_tokens": txt_tokens}
-    values = {
-        t.name: random_tensor(seed, t.name, t.shape(sizes), std=1.0, dtype=getattr(torch, t.dtype))
-        for t in engine.contract.inputs
-    }
+    values = random_inputs(engine.contract, sizes, seed)
     values |= {"timestep": torch.linspace(999, 3, batch), "img_ids": grid_ids(rows, cols)}
     return {name: tensor.to(engine.device) for name, tensor in values.items()}
 
@@ -198,19 +196,6 @@ def test_views_odd_addresses_and_given_outputs(target: str, exported: Callable[.
         mine = {"sample": sample.view(expected["sample"].shape)}
         assert engine(inputs, outputs=mine)["sample"] is mine["sample"]
         assert close_to(mine, {"sample": expected["sample"]}, 2e-3)
-
-
-class Lent:
-    """GPU memory of another library."""
-
-    def __init__(self, tensor: Tensor):
-        self._tensor = tensor
-
-    def __dlpack__(self, **options: Any) -> Any:
-        return self._tensor.__dlpack__(**options)
-
-    def __dlpack_device__(self) -> Any:
-        return self._tensor.__dlpack_device__()
 
 
 def test_memory_of_others_and_tables_of_conditioning(target: str, exported: Callable[..., Path]) -> None:

@@ -1,4 +1,4 @@
-"""Loading, refusing and freeing TensorRT engines, on a fake of TensorRT (`conftest`)."""
+"""Loading, refusing and freeing TensorRT engines, on a fake of TensorRT (`fake_tensorrt`)."""
 
 from __future__ import annotations
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmdit_deploy.checkpoint import random_tensor
 from mmdit_deploy.errors import MachineError
 from mmdit_deploy.model import grid_ids
 from mmdit_deploy.runtime import Conditioning, Engine
 from mmdit_deploy.spec import ModelSpec
+from random_inputs import random_inputs
 
 THREADS = 8
 SHAPES = [
@@ -35,10 +35,7 @@ SHAPES = [
 def feed(engine: Engine, shape: tuple[int, int, int, int], seed: int) -> dict[str, Tensor]:
     batch, rows, cols, txt_tokens = shape
     sizes = {"batch": batch, "img_tokens": rows * cols, "txt_tokens": txt_tokens}
-    values = {
-        t.name: random_tensor(seed, t.name, t.shape(sizes), std=1.0, dtype=getattr(torch, t.dtype))
-        for t in engine.contract.inputs
-    }
+    values = random_inputs(engine.contract, sizes, seed)
     return {**values, "timestep": torch.linspace(900, 100, batch), "img_ids": grid_ids(rows, cols)}
 
 

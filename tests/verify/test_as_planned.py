@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import onnx
 import pytest
@@ -20,12 +19,13 @@ from mmdit_deploy.contract import Range
 from mmdit_deploy.eager.calls import EagerCalls
 from mmdit_deploy.eager.planned import PlannedCall
 from mmdit_deploy.export import ExportRequest
-from mmdit_deploy.model import Call, calls
+from mmdit_deploy.model import calls
 from mmdit_deploy.report.words import breaches
 from mmdit_deploy.spec import ModelSpec, precision
 from mmdit_deploy.verify import TOLERANCES
 from mmdit_deploy.verify.exposed import Body
 from mmdit_deploy.verify.nodes import Matching, compare_nodes
+from traces import Traces
 
 RANGES = {"batch": Range(1, 1, 2), "img_tokens": Range(4, 16, 48), "txt_tokens": Range(1, 8, 16)}
 UP, DOWN = (rf"transformer_blocks\.1\.ff\.net\.{i}\.weight" for i in (r"0\.proj", "2"))
@@ -40,14 +40,8 @@ class TooLarge(RandomWeights):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _traced(programs_for: Callable[..., Mapping[str, Any]], tiny_spec: ModelSpec) -> Iterator[None]:
-    def programs(chain: Sequence[Call], dtype: torch.dtype) -> Mapping[str, Any]:
-        return programs_for(tiny_spec, dtype)
-
-    with (
-        mock.patch("mmdit_deploy.verify.as_planned.programs_of", programs),
-        mock.patch("mmdit_deploy.export.planning.programs_of", programs),
-    ):
+def _traced(traces: Traces, tiny_spec: ModelSpec) -> Iterator[None]:
+    with traces.within(tiny_spec):
         yield
 
 

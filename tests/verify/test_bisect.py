@@ -7,11 +7,10 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import onnx
 import pytest
@@ -23,10 +22,10 @@ from mmdit_deploy.checkpoint.weights import RandomWeights
 from mmdit_deploy.cli.verify import main
 from mmdit_deploy.contract import Range
 from mmdit_deploy.export import ExportRequest
-from mmdit_deploy.model import Call
 from mmdit_deploy.spec import PRECISIONS, QUANTIZED, ModelSpec, precision
 from mmdit_deploy.verify import Case
 from mmdit_deploy.verify.findings import Bisection, Finding
+from traces import Traces
 
 DEPTH = 24
 # Of 32 tokens and more, so that attentions are in FP8 too.
@@ -238,17 +237,8 @@ KINDS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _traced(programs_for: Callable[..., Mapping[str, Any]], tiny_spec: ModelSpec) -> Iterator[None]:
-    """The operators of the tiny model's kinds, traced once a session."""
-
-    def programs(chain: Sequence[Call], dtype: torch.dtype) -> Mapping[str, Any]:
-        return programs_for(deep(tiny_spec, 2), dtype)
-
-    with (
-        mock.patch("mmdit_deploy.verify.bisect.programs_of", programs),
-        mock.patch("mmdit_deploy.verify.as_planned.programs_of", programs),
-        mock.patch("mmdit_deploy.export.planning.programs_of", programs),
-    ):
+def _traced(traces: Traces, tiny_spec: ModelSpec) -> Iterator[None]:
+    with traces.within(deep(tiny_spec, 2)):
         yield
 
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import onnx
 import pytest
-import torch
 
 from mmdit_deploy.errors import GraphError
-from mmdit_deploy.model import Call
-from mmdit_deploy.spec import PRECISIONS, QUANTIZED, ModelSpec
+from mmdit_deploy.spec import PRECISIONS, QUANTIZED
 
-# Of `FAULTS` in conftest: those of SD3 that none of fp32, fp16 and bf16 is blind to, where test_faults.py plants them.
+# Of `FAULTS` in faults.py: those of SD3 that none of fp32, fp16 and bf16 is blind to, where test_faults.py plants them.
 KINDS = (
     "scale and shift swapped in the weights",
     "scale and shift of the MLP swapped in the weights",
@@ -35,18 +32,6 @@ KINDS = (
     "another seed",
 )
 REMAINING = [name for name in (*PRECISIONS, *QUANTIZED) if name not in ("fp32", "bf16")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _traced(programs_for: Callable[..., Mapping[str, Any]], tiny_spec: ModelSpec) -> Iterator[None]:
-    def programs(chain: Sequence[Call], dtype: torch.dtype) -> Mapping[str, Any]:
-        return programs_for(tiny_spec, dtype)
-
-    with (
-        mock.patch("mmdit_deploy.verify.as_planned.programs_of", programs),
-        mock.patch("mmdit_deploy.export.planning.programs_of", programs),
-    ):
-        yield
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
