@@ -20,7 +20,7 @@ from torch import Tensor
 from mmdit_deploy.runtime import Engine
 
 # What `make test` shows; the others take `make soak` as long again, and bench/digits.py has all of them.
-PRECISIONS = ("fp16", "fp8", "fp4", *(pytest.param(name, marks=pytest.mark.soak) for name in ("bf16", "int8", "w4a16")))
+PRECISIONS = ("fp16", "fp8", *(pytest.param(name, marks=pytest.mark.soak) for name in ("bf16", "int8", "fp4", "w4a16")))
 # Relative L2 of the latent, worst step: three times what was measured. Accuracy alone says little: half of a latent may
 # be wrong before the judge sees another digit.
 LATENT_ERRORS = {"fp16": 3e-3, "bf16": 3e-2, "int8": 4e-2, "w4a16": 0.18, "fp8": 0.18, "fp4": 0.5}

@@ -73,7 +73,7 @@ def test_the_census_is_what_the_spec_implies(tiny_spec: ModelSpec, graphs_of: Gr
     assert implied(spec)["MMDiTSwiGLU"] == 0
 
 
-@pytest.mark.slow
+@pytest.mark.soak  # with dual attention; in `make test` the paper's model of depth 24 has a real width
 def test_a_real_width_gives_the_same_census() -> None:
     """The exporter merges equal constants up to 1024 elements only; SD3.5-Medium's norms have 1536."""
     spec, fp16 = preset("sd3.5-medium"), PRECISIONS["fp16"]

@@ -81,6 +81,7 @@ def test_what_a_request_measures() -> None:
     assert floor_ways("auto", precision("fp16"), ()) == []
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on the CPU")
 def test_torch_compile_differs_from_eager_in_the_last_bits(tiny_spec: ModelSpec) -> None:
     call = next(c for c in calls(tiny_spec) if c.path == "blocks.1")
