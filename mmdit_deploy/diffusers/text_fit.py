@@ -1,7 +1,7 @@
 """Does text, which encoders make in wider types, fit an fp16 engine? As infinity it would make a black image.
 
 Steps bring the same tensors again, and to look at one waits for the GPU: each is looked at once, and again where it
-was written to.
+was written to. Of tensors made in `torch.inference_mode`, torch does not count the writes: they are looked at once.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ class MMDiTEngineTransformer(Compiled, ModelMixin):  # type: ignore[misc]  # dif
 
     @property
     def attn_processors(self) -> NoReturn:
-        """Refused: IP-Adapters and perturbed attention look for attention's layers here."""
+        """Refused, by `hasattr` too: IP-Adapters and perturbed attention look for attention's layers here."""
         raise UsageError(  # no `AttributeError`: within pipelines' properties that would become another
             "an engine has no attn_processors: attention is compiled in",
             received="transformer.attn_processors",

@@ -47,8 +47,8 @@ def chain(tmp_path_factory: pytest.TempPathFactory, release: Path) -> Path:
 
 def build_chain(build: Path, release: Path, library: Path) -> Path:
     """Builds the fakes and the program in a folder, over the library whose sources are in another."""
-    headers = Path(os.environ.get("TENSORRT_INCLUDE_DIR", "/usr/include/x86_64-linux-gnu"))
-    cuda = Path(os.environ.get("CUDA_INCLUDE_DIR", "/usr/local/cuda/include"))
+    headers = Path(os.environ.get("TENSORRT_INCLUDE_DIR", "/usr/include/x86_64-linux-gnu")).resolve()
+    cuda = Path(os.environ.get("CUDA_INCLUDE_DIR", "/usr/local/cuda/include")).resolve()
     if not (headers / "NvInferRuntime.h").exists() or not (cuda / "cuda_runtime_api.h").exists():
         pytest.skip("no TensorRT headers: TENSORRT_INCLUDE_DIR and CUDA_INCLUDE_DIR name their folders")
     (build / "unused_methods.h").write_text(unused_methods((headers / "NvInferImpl.h").read_text()))
