@@ -1,7 +1,7 @@
 """Each kind of call is traced once in a run of the tests, by whichever of its processes needs it first.
 
-A trace takes a second, of which a family has a dozen in each type. The exports that they are made of stay in their
-process; the functions lie in files too, for the others to take.
+A trace takes a second or several, and a family has a dozen in each type. What comes of it, the ONNX function and the
+program of PyTorch's operators, lies in files for all of them.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
-from collections.abc import Iterator, Sequence
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TypeVar
 from unittest import mock
 
-import onnx
 import onnx_ir as ir
 import torch
 
@@ -25,6 +28,8 @@ from mmdit_deploy.graph.trace import export_kind, one_operator_registry, trace
 from mmdit_deploy.model import Call, Kind
 from mmdit_deploy.spec import ModelSpec
 
+T = TypeVar("T")
+FUNCTION, PROGRAM, WEIGHTS = "function.onnx", "program.pt2", "weights.json"
 # What a block's function depends on besides its name, and what no other function depends on.
 _OF_BLOCKS = (
     "num_heads", "head_dim", "mlp_ratio", "activation", "bias", "qk_norm", "txt_mask", "still_references", "fp16_clip",
@@ -50,37 +55,24 @@ _NOT_OF_OTHERS = (
 
 
 class Traces:
-    """What was exported and traced.
+    """What was traced.
 
     Args:
-        folder: where the processes of a run share functions.
+        folder: where the processes of a run share it.
     """
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._exported: dict[object, tuple[torch.onnx.ONNXProgram, list[str]]] = {}
         self._functions: dict[object, ir.Function] = {}
         self._programs: dict[object, Program] = {}
 
     def functions(self, spec: ModelSpec, calls: Sequence[Call], dtype: torch.dtype) -> dict[str, ir.Function]:
         """What `trace_kinds` gives. They are shared: clone one before changing it."""
-        kinds = {_key(spec, call.kind, dtype): call.kind for call in calls}
-        for wait in (False, True):  # what another process traces at this moment comes last
-            for key, kind in kinds.items():
-                if key not in self._functions and (made := self._function(key, kind, dtype, wait=wait)):
-                    self._functions[key] = made
-        return {kind.function: self._functions[key] for key, kind in kinds.items()}
+        return self._each(self._functions, _function, spec, calls, dtype)
 
     def programs(self, spec: ModelSpec, calls: Sequence[Call], dtype: torch.dtype) -> dict[str, Program]:
-        """What `programs_of` gives. The functions are made of the same exports where this process makes both."""
-        found = {}
-        for call in calls:
-            key = _key(spec, call.kind, dtype)
-            if key not in self._programs:
-                with self._exported_once(key):
-                    self._programs[key] = Program(call.kind, dtype)
-            found[call.kind.function] = self._programs[key]
-        return found
+        """What `programs_of` gives."""
+        return self._each(self._programs, _program, spec, calls, dtype)
 
     @contextlib.contextmanager
     def within(self, spec: ModelSpec) -> Iterator[None]:
@@ -101,37 +93,62 @@ class Traces:
         ):
             yield
 
-    def _function(self, key: object, kind: Kind, dtype: torch.dtype, *, wait: bool) -> ir.Function | None:
-        """From its file, written where that is empty; None if another process does that and is not waited for."""
-        path = self._folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.onnx"
-        with path.open("a+b") as file:
+    def _each(
+        self,
+        known: dict[object, T],
+        read: Callable[[Path, Kind, torch.dtype], T],
+        spec: ModelSpec,
+        calls: Sequence[Call],
+        dtype: torch.dtype,
+    ) -> dict[str, T]:
+        kinds = {_key(spec, call.kind, dtype): call.kind for call in calls}
+        for wait in (False, True):  # what another process traces at this moment comes last
+            for key, kind in kinds.items():
+                if key not in known and (folder := self._traced(key, kind, dtype, wait=wait)):
+                    known[key] = read(folder, kind, dtype)
+        return {kind.function: known[key] for key, kind in kinds.items()}
+
+    def _traced(self, key: object, kind: Kind, dtype: torch.dtype, *, wait: bool) -> Path | None:
+        """The folder of a trace, made where it is not there; None where another process does that, without `wait`."""
+        folder = self._folder / hashlib.sha256(repr(key).encode()).hexdigest()
+        with folder.with_suffix(".lock").open("w") as lock:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 return None
-            file.seek(0)
-            content = file.read()
-            if not content:
-                with self._exported_once(key):  # as a graph: a function's protobuf has no types of its inputs
-                    model = ir.Model(trace(kind, dtype).graph, ir_version=IR_VERSION)
-                content = ir.to_proto(model).SerializeToString()
-                file.write(content)
-        graph = ir.from_proto(onnx.load_from_string(content)).graph
-        return ir.Function(DOMAIN, kind.function, graph=graph, attributes=[])
+            if not folder.exists():
+                partial = folder.with_suffix(".partial")
+                partial.mkdir()
+                _trace(partial, kind, dtype)
+                partial.rename(folder)
+        return folder
 
-    @contextlib.contextmanager
-    def _exported_once(self, key: object) -> Iterator[None]:
-        def export(kind: Kind, dtype: torch.dtype) -> tuple[torch.onnx.ONNXProgram, list[str]]:
-            if key not in self._exported:
-                self._exported[key] = export_kind(kind, dtype)
-            return self._exported[key]
 
-        with (
-            one_operator_registry(),
-            mock.patch("mmdit_deploy.graph.trace.export_kind", export),
-            mock.patch("mmdit_deploy.eager.program.export_kind", export),
-        ):
-            yield
+def _trace(folder: Path, kind: Kind, dtype: torch.dtype) -> None:
+    with one_operator_registry():
+        program, weights = export_kind(kind, dtype)
+    torch.export.save(program.exported_program, folder / PROGRAM, extra_files={WEIGHTS: json.dumps(weights)})
+    with mock.patch("mmdit_deploy.graph.trace.export_kind", lambda *_: (program, weights)):
+        graph = trace(kind, dtype).graph
+    # As a graph: a function's protobuf has no types of its inputs.
+    ir.save(ir.Model(graph, ir_version=IR_VERSION), folder / FUNCTION)
+
+
+def _function(folder: Path, kind: Kind, dtype: torch.dtype) -> ir.Function:
+    return ir.Function(DOMAIN, kind.function, graph=ir.load(folder / FUNCTION).graph, attributes=[])
+
+
+def _program(folder: Path, kind: Kind, dtype: torch.dtype) -> Program:
+    extra = {WEIGHTS: ""}
+    logger = logging.getLogger("torch._export.serde.serialize")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # of fake example inputs, which are read by another way than real ones
+    try:
+        exported = SimpleNamespace(exported_program=torch.export.load(folder / PROGRAM, extra_files=extra))
+    finally:
+        logger.setLevel(level)
+    with mock.patch("mmdit_deploy.eager.program.export_kind", lambda *_: (exported, json.loads(extra[WEIGHTS]))):
+        return Program(kind, dtype)
 
 
 def _key(spec: ModelSpec, kind: Kind, dtype: torch.dtype) -> object:
